@@ -1,0 +1,176 @@
+"""The site and the README from the notebooks, without Quarto.
+
+    python docs/build.py site      nbs/ → _site/, every page, link and anchor checked
+    python docs/build.py readme    nbs/index.ipynb → README.md
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from base64 import b64decode
+from pathlib import Path
+
+import yaml
+from fastcore.nbio import read_nb
+from nbdev.config import get_config, nbpath2html
+
+ROOT = Path(__file__).parents[1]
+NBS = ROOT / "nbs"
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")  # beside the notebooks
+
+
+def block(text, lang="text"):
+    """A fenced code block, its fence longer than any inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{lang}\n{text.rstrip()}\n{fence}"
+
+
+def documented(text):
+    """What show_doc says, as a box whose heading has the anchor that nbdev's links point to."""
+    text = re.sub(r"^---\n", "", text)
+    if not get_config().git_url:
+        text = re.sub(r"^\[source\]\(.*\)\{.*\}$", "", text, flags=re.M)
+    text = re.sub(r"^(#+) (\S+)$", lambda m: f"{m[1]} `{m[2]}` {{ #{m[2].lower()} }}", text, count=1, flags=re.M)
+    text = re.sub(r"^(    \w+):(?=\S)([^=#\n]*[^=# \n])", r"\1: \2", text, flags=re.M)  # `name:type=x` as PEP 8 has it
+    text = re.sub(r"^(    \w+: [^=#\n]+)=", r"\1 = ", text, flags=re.M).replace("\n)->", "\n) -> ")
+    return f'<div class="doc" markdown>\n\n{text.strip()}\n\n</div>'
+
+
+def output(out, picture):
+    """A cell's output as Markdown; `picture(bytes, suffix)` stores an image and returns its link."""
+    if out["output_type"] == "stream":
+        return block("".join(out["text"])) if out["name"] == "stdout" else ""
+    if out["output_type"] == "error":
+        return block(f"{out['ename']}: {out['evalue']}")
+    data = {kind: "".join(value) if isinstance(value, list) else value for kind, value in out["data"].items()}
+    if "text/html" in data:
+        return re.sub(r"\n\s*\n", "\n", data["text/html"])
+    if "image/png" in data:
+        return picture(b64decode(data["image/png"]), ".png")
+    if "image/svg+xml" in data:
+        return picture(data["image/svg+xml"].encode(), ".svg")
+    return data.get("text/markdown") or block(data.get("text/plain", ""))
+
+
+def page(nb, picture):
+    """A notebook as Markdown: prose, what the reader should see of the code, what came out."""
+    parts = []
+    for cell in nb.cells:
+        source = cell.get("source") or ""
+        directives = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$", source, re.M))
+        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+        if cell.cell_type == "raw" and source.startswith("---"):
+            front = yaml.safe_load(source.strip().strip("-"))
+            parts.append(f"# {front['title']}")
+            parts += [f"{front['description']}\n{{: .subtitle }}"] if "description" in front else []
+        elif cell.cell_type == "markdown" and not source.startswith("<!-- WARNING"):
+            parts.append(source)
+        elif cell.cell_type == "code" and code and not {"hide", "default_exp"} & directives.keys():
+            outs = [o for o in cell.get("outputs", []) if directives.get("output") != "false"]
+            if code.startswith("show_doc("):
+                parts += [documented(o["data"]["text/markdown"]) for o in outs if "text/markdown" in o.get("data", {})]
+                continue
+            if directives.get("echo") != "false":
+                parts.append(block(code, "python"))
+            shown = [text for o in outs if (text := output(o, picture)).strip()]
+            if shown:
+                parts.append('<div class="output" markdown>\n\n' + "\n\n".join(shown) + "\n\n</div>")
+    return "\n\n".join(parts) + "\n"
+
+
+def mathml(text):
+    """Formulas as MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert
+
+    def draw(m):
+        markup = convert(m[1] or m[2], display="block" if m[1] else "inline")
+        return re.sub(r"[*_\\`]", lambda c: f"&#{ord(c[0])};", markup)  # nothing in it is Markdown
+
+    code = r"(^(?P<fence>`{3,}).*?^(?P=fence)$|`[^`\n]+`)"
+    formula = r"\$\$(.+?)\$\$|(?<![\\\w$])\$(?=\S)([^$]+?)(?<=\S)\$(?!\w)"
+    parts = re.split(code, text, flags=re.M | re.S)
+    prose = [re.sub(formula, draw, part, flags=re.S) for part in parts[::3]]
+    return "".join(a + b for a, b in zip(prose, [*parts[1::3], ""], strict=True))
+
+
+def write_pages(processed, docs):
+    """Turn nbdev's processed notebooks into the pages of `docs`; return the navigation, {title: page} in order."""
+    books = sorted(processed.rglob("*.ipynb"), key=lambda p: (p.stem != "index", len(p.parts), p))
+    pages = {book: nbpath2html(book.relative_to(processed)).with_suffix(".md") for book in books}
+    texts = {}
+    for book, to in pages.items():
+        (docs / to).parent.mkdir(parents=True, exist_ok=True)
+        pictures = []
+
+        def picture(data, suffix, to=to, pictures=pictures):
+            pictures.append(docs / to.parent / f"{to.stem}-{len(pictures) + 1}{suffix}")
+            pictures[-1].write_bytes(data)
+            return f"![]({pictures[-1].name})"
+
+        texts[to] = mathml(page(read_nb(book), picture))
+    for name in PAGES:
+        texts[Path(name)] = (ROOT / name).read_text(encoding="utf-8")
+    known = {to.with_suffix(suffix).name: to for to in texts for suffix in (".html", ".md")}
+    known |= {book.name: to for book, to in pages.items()}
+    anchors = {to: set(re.findall(r"\{ #([\w.]+) \}", text)) for to, text in texts.items()}
+    for to, text in texts.items():
+
+        def link(m, to=to):
+            target, anchor = known.get(Path(m[1]).name), m[2] or ""
+            if not target:
+                return m[0]
+            if anchor and "." in anchor and anchor not in anchors[target]:
+                anchor = anchor.split(".")[0]  # a method without a box of its own: its class
+            return f"]({os.path.relpath(target, to.parent)}{anchor and '#' + anchor})"
+
+        text = re.sub(r"\]\(([\w./-]+\.(?:html|ipynb|md))(?:#([\w.-]*))?\)", link, text)
+        (docs / to).write_text(text, encoding="utf-8")
+    titles = {to: re.search(r"^# (.*)$", text, re.M)[1] for to, text in texts.items()}
+    return {"Home" if to.stem == "index" else titles[to]: str(to) for to in texts}
+
+
+def site():
+    """Build _site/ with nbdev's own processing of the notebooks; any warning of mkdocs is an error."""
+    from nbdev.serve import proc_nbs
+
+    os.environ["PYTHONWARNINGS"] = "ignore:Found cells containing imports"  # in nbdev's worker processes
+    os.environ.update(MPLBACKEND="agg", TQDM_DISABLE="1", NO_MKDOCS_2_WARNING="1")
+    try:
+        processed = proc_nbs(path=NBS, force=True, n_workers=min(4, os.cpu_count()))
+    except Exception as error:
+        print(f"{error}\n\nFor the docs nbdev runs the cells that export or import, and no others:")
+        print("imports need a cell of their own, and what they need must be imported or exported too.")
+        return 1
+    with tempfile.TemporaryDirectory() as tmp:
+        docs = Path(tmp) / "docs"
+        if (NBS / "images").is_dir():
+            shutil.copytree(NBS / "images", docs / "images")
+        nav = write_pages(processed, docs)
+        shutil.copy(ROOT / "docs/site.css", docs)
+        config = {"INHERIT": str(ROOT / "docs/mkdocs.yml"), "docs_dir": str(docs), "site_dir": str(ROOT / "_site")}
+        config["nav"] = [{title: to} for title, to in nav.items()]
+        (Path(tmp) / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        # without --quiet, under which --strict overlooks warnings
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", f"{tmp}/mkdocs.yml"]
+        mkdocs = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if mkdocs.returncode:
+        print("\n".join(line for line in mkdocs.stdout.splitlines() if not line.startswith("INFO")))
+        return 1
+    print(f"{len(nav)} pages in _site/; open _site/index.html")
+    return 0
+
+
+def readme():
+    """Write README.md: the first page, with links that work from the project's top folder."""
+    text = page(read_nb(NBS / "index.ipynb"), picture=lambda data, suffix: "")
+    text = re.sub(r"</?div[^>]*>\n+", "", text)
+    text = re.sub(r"\]\((?!https?:|#|mailto:)(?:\./)?((?!\.\./)[^)]+)\)", r"](nbs/\1)", text).replace("](../", "](")
+    (ROOT / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit({"site": site, "readme": readme}[sys.argv[1]]())
