@@ -29,14 +29,15 @@ def _bad(
     "The error for one bad setting."
     return ValueError(f"{field}={value!r} {problem}; {remedy}")
 
-# %% ../nbs/00_config.ipynb #6fb9e88f
+# %% ../nbs/00_config.ipynb #3ad0e804
 def _need_int(field: str, value: Any, least: int = 1):
     "Raise unless `value` is a whole number of at least `least`."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _bad(field, value, f"is not a whole number of at least {least}", f"{least} is the smallest that would do")
 
 
-def _need_float(field: str, value: Any, low: float, high: float, remedy: str, open_low=False, open_high=False):
+def _need_float(field: str, value: Any, low: float, high: float, remedy: str, open_low=False,
+                open_high=False):
     "Raise unless `value` is a finite number between `low` and `high`."
     number = isinstance(value, int | float) and not isinstance(value, bool)
     inside = number and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
@@ -58,12 +59,12 @@ def _pair(field: str, value: Any) -> tuple[int, int]:
         raise _bad(field, value, "is not a positive whole number or a (time, mel) pair of them", "16 or (4, 16) would do")
     return pair
 
-# %% ../nbs/00_config.ipynb #4d0d0257
+# %% ../nbs/00_config.ipynb #fe1dd9a9
 @dataclass(frozen=True, kw_only=True)
 class _Image:
     "Image and patches"
-    img_size: int | tuple[int, int] = (200, 80) # spectrogram size as (time frames, mel bands); one number is a square
-    patch_size: int | tuple[int, int] = (4, 16) # patch size as (time frames, mel bands); one number is a square
+    img_size: int | tuple[int, int] = (200, 80) # spectrogram size (time frames, mel bands); one number is a square
+    patch_size: int | tuple[int, int] = (4, 16) # patch size (time frames, mel bands); one number is a square
     in_chans: int = 1 # channels of the spectrogram
 
     def _check(self):
@@ -80,7 +81,7 @@ class _Image:
                            f"{below} or {above} would")
         _need_int("in_chans", self.in_chans)
 
-# %% ../nbs/00_config.ipynb #47ef34f9
+# %% ../nbs/00_config.ipynb #e110aba6
 @dataclass(frozen=True, kw_only=True)
 class _Model:
     "Encoder and decoder"
@@ -90,8 +91,8 @@ class _Model:
     decoder_embed_dim: int = 384 # width of the decoder
     decoder_depth: int = 4 # decoder blocks
     decoder_num_heads: int = 8 # attention heads of the decoder
-    mlp_ratio: float = 4.0 # hidden width of the feed-forward layers, as a multiple of the block's width
-    block: Literal["macaron", "plain"] = "macaron" # macaron SwiGLU (AudioMAE++) or plain transformer blocks (AudioMAE)
+    mlp_ratio: float = 4.0 # hidden width of the feed-forward layers / the block's width
+    block: Literal["macaron", "plain"] = "macaron" # SwiGLU macaron (AudioMAE++) or plain (AudioMAE)
     rope: bool = False # also rotate queries and keys by the patches' positions (2-D RoPE)
 
     def _check(self):
@@ -111,26 +112,26 @@ class _Model:
         _need_float("mlp_ratio", self.mlp_ratio, 0, 64, "mlp_ratio=4.0 is usual", open_low=True)
         _need_choice("block", self.block, ("macaron", "plain"))
 
-# %% ../nbs/00_config.ipynb #503f229d
+# %% ../nbs/00_config.ipynb #351166b0
 @dataclass(frozen=True, kw_only=True)
 class _Masking:
     "Masking and reconstruction"
     mask_ratio: float = 0.75 # share of the patches that is hidden from the encoder, between 0 and 1
-    mask_mode: Literal["random", "time", "band"] = "random" # hide single patches, whole time steps or whole bands
+    mask_mode: Literal["random", "time", "band"] = "random" # hide patches, time steps or bands
     norm_pix_loss: bool = False # reconstruct patches that are standardised one by one
 
     def _check(self):
         _need_float("mask_ratio", self.mask_ratio, 0, 1, "0.75 hides three patches in four", open_low=True, open_high=True)
         _need_choice("mask_mode", self.mask_mode, MASK_MODES)
 
-# %% ../nbs/00_config.ipynb #7427a26c
+# %% ../nbs/00_config.ipynb #a6fec541
 @dataclass(frozen=True, kw_only=True)
 class _Losses:
     "Embedding losses and pooling"
-    use_contrastive_loss: bool = True # add InfoNCE, between clips of a class or, without labels, two masked views
+    use_contrastive_loss: bool = True # add InfoNCE, between clips of a class or masked views
     contrastive_weight: float = 0.01 # weight of InfoNCE in the total loss
     contrastive_temperature: float = 0.07 # temperature of InfoNCE
-    use_uniformity_loss: bool = True # add the uniformity loss, which spreads the embeddings over the sphere; needs no labels
+    use_uniformity_loss: bool = True # add uniformity, which spreads the embeddings over the sphere
     uniformity_weight: float = 0.1 # weight of the uniformity loss in the total loss
     uniformity_t: float = 2.0 # how sharply uniformity looks at close neighbours
     pooling_mode: Literal["cls", "mean", "cls+mean"] = "mean" # how a clip's tokens become one vector
@@ -143,11 +144,11 @@ class _Losses:
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual} is usual", True, True)
         _need_choice("pooling_mode", self.pooling_mode, POOLING_MODES)
 
-# %% ../nbs/00_config.ipynb #9e5b6f53
+# %% ../nbs/00_config.ipynb #3fc59484
 @dataclass(frozen=True, kw_only=True)
 class _FrontEnd:
     "Front end"
-    frontend: Literal["logmel", "fbank"] = "logmel" # log-mel spectrogram (AudioMAE++) or Kaldi filter bank (AudioMAE)
+    frontend: Literal["logmel", "fbank"] = "logmel" # log-mel (AudioMAE++) or Kaldi filter bank (AudioMAE)
     sample_rate: int = 16000 # Hz; every recording is resampled to it
     n_fft: int = 400 # samples in an FFT
     win_length: int = 400 # samples in a window
@@ -384,7 +385,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #071bd25a
+# %% ../nbs/00_config.ipynb #0020f2e0
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -396,7 +397,8 @@ _SIZES = {
 _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss=False, batch_size=1024, epochs=110)
 PRESETS = {
     "nano": dict(
-        _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, epochs=60, batch_size=48, base_lr=4e-3, warmup_epochs=6
+        _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, epochs=60, batch_size=48, base_lr=4e-3,
+        warmup_epochs=6,
     ),
     **_SIZES,
     **{f"official_{name}": {**size, **_OFFICIAL} for name, size in _SIZES.items()},
