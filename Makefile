@@ -46,6 +46,7 @@ hooks: $(STAMP) ## once per clone: notebooks cleaned on save, merged and diffed 
 	@$(VENV)/bin/nbdev-install-hooks
 
 install: $(STAMP) ## .venv with everything, at the versions of constraints.txt
+	@:
 
 # .installing stays behind when an installation is killed: the next one then starts from an empty .venv.
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt

@@ -34,8 +34,10 @@ def documented(text):
     if not get_config().git_url:
         text = re.sub(r"^\[source\]\(.*\)\{.*\}$", "", text, flags=re.M)
     text = re.sub(r"^(#+) (\S+)$", lambda m: f"{m[1]} `{m[2]}` {{ #{m[2].lower()} }}", text, count=1, flags=re.M)
-    text = re.sub(r"^(    \w+):(?=\S)([^=#\n]*[^=# \n])", r"\1: \2", text, flags=re.M)  # `name:type=x` as PEP 8 has it
-    text = re.sub(r"^(    \w+: [^=#\n]+)=", r"\1 = ", text, flags=re.M).replace("\n)->", "\n) -> ")
+    if not re.search(r"^    [^#\n]*, \w+:", text, re.M):  # one parameter a line: spaces as PEP 8 has them
+        text = re.sub(r"^(    \w+):(?=\S)([^=#\n]*[^=# \n])", r"\1: \2", text, flags=re.M)
+        text = re.sub(r"^(    \w+: [^=#\n]+)=", r"\1 = ", text, flags=re.M)
+    text = text.replace("\n)->", "\n) -> ")
     return f'<div class="doc" markdown>\n\n{text.strip()}\n\n</div>'
 
 
