@@ -37,8 +37,8 @@ lint: $(STAMP) ## ruff on notebooks, package and tests
 check: lint ## exports, outputs and README in sync with the notebooks; notebooks small
 	@now() { git status --porcelain; git diff --no-ext-diff | git hash-object --stdin; }; before="$$(now)"; \
 	$(VENV)/bin/nbdev-export && $(VENV)/bin/nbdev-clean && $(PY) docs/build.py readme || exit 1; \
-	[ "$$before" = "$$(now)" ] || { git status --short; git --no-pager diff --no-ext-diff --stat; \
-	echo "Out of sync: the export, the cleaning or the README changed the files above. Look at them and commit."; exit 1; }
+	[ "$$before" = "$$(now)" ] || { echo "Out of sync: exporting, cleaning or the README changed something."; \
+	echo "Changed files before (with a sum of the changes):"; echo "$$before"; echo "and after:"; now; exit 1; }
 	@big="$$(find nbs -name '*.ipynb' -size +250000c)"; [ -z "$$big" ] || { echo "Over 250 kB: $$big"; exit 1; }
 	@echo "Modules, notebooks and README are in sync."
 
