@@ -369,7 +369,7 @@ def average_scores(
     means = {name: float(np.average([f[name] for f in folds], weights=weight)) for name in names}
     return means | {"n_train": round(means["n_train"]), "n_test": int(weight.sum())}
 
-# %% ../nbs/21_evaluate.ipynb #38e0013d
+# %% ../nbs/21_evaluate.ipynb #dd9e26b5
 _COLUMNS = {
     "knn": "kNN-10", "linear": "linear", "alignment": "alignment", "uniformity": "uniformity", "rankme": "RankMe",
 }
@@ -395,7 +395,7 @@ class Report:
 
     def to_dict(self) -> dict:
         "Return the protocol and, per row, every score; accuracies with `_low` and `_high` when `n_test` is known."
-        rows = {name: self._full(scores) for name, scores in self.rows.items()}
+        rows = {name: _with_intervals(scores, self.level) for name, scores in self.rows.items()}
         return {"protocol": self.protocol, "level": self.level, "rows": rows}
 
     def to_json(
@@ -410,7 +410,7 @@ class Report:
         path: str | Path | None = None, # where to write; None only returns the text
     ) -> str:
         "Return the report as CSV, one line per row, the protocol as its last column."
-        rows = [{"name": n, **self._full(s), "protocol": self.protocol} for n, s in self.rows.items()]
+        rows = [{"name": n, **_with_intervals(s, self.level), "protocol": self.protocol} for n, s in self.rows.items()]
         columns = list(dict.fromkeys(c for r in rows for c in r if c != "protocol")) + ["protocol"]
         out = io.StringIO()
         writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -419,18 +419,12 @@ class Report:
         return _write(out.getvalue(), path)
 
     def __str__(self) -> str:
-        return _text_table(self.protocol, self._cells())
+        return _text_table(self.protocol, _report_cells(self.rows, self.level))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return _html_table(self.protocol, self._cells())
-
-    def _full(self, scores):
-        return _with_intervals(scores, self.level)
-
-    def _cells(self):
-        return _report_cells(self.rows, self.level)
+        return _html_table(self.protocol, _report_cells(self.rows, self.level))
 
 # %% ../nbs/21_evaluate.ipynb #c56325db
 def _with_intervals(

@@ -560,39 +560,7 @@ def _wants_log(
     "Return whether a logarithmic scale is right: an error that is positive and spans more than a factor of thirty."
     return name in ("loss", "reconstruction", "contrastive") and values.min() > 0 and values.max() > 30 * values.min()
 
-# %% ../nbs/22_plots.ipynb #97bbe255
-def plot_history(
-    rows: Sequence[Mapping], # one dict per record: step, epoch, losses, lr, and scores where they were measured
-    title: str = "", # above the panels
-    axis: str = "step", # what runs to the right: "step" or "epoch"
-    columns: int = 3, # panels in a row
-    skip: Sequence[str] = ("seconds", "time", "samples_per_second"), # columns that are no curve
-) -> "Figure":
-    "Return a panel for each loss and, in rows of their own, for each score on held-out clips."
-    named = [n for n in dict.fromkeys(n for r in rows for n in r) if n not in (*_AXES, *skip)]
-    curves = {n: _series(rows, n, axis) for n in named}
-    curves = {n: c for n, c in curves.items() if len(c[0])}
-    scores = [n for n in curves if n in _SCORES or n.startswith("heldout_")]
-    losses = [n for n in curves if n not in scores]
-    losses.sort(key=lambda n: (n != "loss") + (n == "lr")) # the total first, the learning rate last
-    if not curves:
-        raise ValueError(f"there is no curve to draw over {axis!r}; rows hold {', '.join(named) or 'nothing'}")
-    places = [group[i:i + columns] for group in (losses, scores) for i in range(0, len(group), columns)]
-    columns = max(map(len, places))
-    fig = _figure(1.7 * columns, 1.35 * len(places) + (0.3 if title else 0))
-    axes = fig.subplots(len(places), columns, squeeze=False, sharex=True)
-    for i, line in enumerate(places):
-        for j, ax in enumerate(axes[i]):
-            if j < len(line):
-                _draw_curve(ax, line[j], *curves[line[j]], held_out=line[j] in scores)
-                ax.xaxis.set_tick_params(labelbottom=i + 1 == len(places) or j >= len(places[i + 1]))
-            else:
-                ax.set_visible(False)
-    fig.supxlabel(axis, fontsize=8)
-    fig.suptitle(title, fontsize=10) if title else None
-    return fig
-
-
+# %% ../nbs/22_plots.ipynb #e887f670
 def _draw_curve(
     ax, # matplotlib axes
     name: str, # of the curve
@@ -618,6 +586,38 @@ def _draw_curve(
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.25, linewidth=0.5)
     ax.spines[["top", "right"]].set_visible(False)
+
+# %% ../nbs/22_plots.ipynb #2b737121
+def plot_history(
+    rows: Sequence[Mapping], # one dict per record: step, epoch, losses, lr, and scores where they were measured
+    title: str = "", # above the panels
+    axis: str = "step", # what runs to the right: "step" or "epoch"
+    columns: int = 3, # panels in a row
+    skip: Sequence[str] = ("seconds", "clips_per_s", "n_train", "n_test"), # columns that are no curve
+) -> "Figure":
+    "Return a panel for each loss and, in rows of their own, for each score on held-out clips."
+    named = [n for n in dict.fromkeys(n for r in rows for n in r) if n not in (*_AXES, *skip)]
+    curves = {n: _series(rows, n, axis) for n in named}
+    curves = {n: c for n, c in curves.items() if len(c[0])}
+    scores = [n for n in curves if n in _SCORES or n.startswith("heldout_")]
+    losses = [n for n in curves if n not in scores]
+    losses.sort(key=lambda n: (n != "loss") + (n == "lr")) # the total first, the learning rate last
+    if not curves:
+        raise ValueError(f"there is no curve to draw over {axis!r}; rows hold {', '.join(named) or 'nothing'}")
+    places = [group[i:i + columns] for group in (losses, scores) for i in range(0, len(group), columns)]
+    columns = max(map(len, places))
+    fig = _figure(1.7 * columns, 1.35 * len(places) + (0.3 if title else 0))
+    axes = fig.subplots(len(places), columns, squeeze=False, sharex=True)
+    for i, line in enumerate(places):
+        for j, ax in enumerate(axes[i]):
+            if j < len(line):
+                _draw_curve(ax, line[j], *curves[line[j]], held_out=line[j] in scores)
+                ax.xaxis.set_tick_params(labelbottom=i + 1 == len(places) or j >= len(places[i + 1]))
+            else:
+                ax.set_visible(False)
+    fig.supxlabel(axis, fontsize=8)
+    fig.suptitle(title, fontsize=10) if title else None
+    return fig
 
 # %% ../nbs/22_plots.ipynb #f858ad1a
 def plot_confusion(

@@ -108,7 +108,7 @@ def test_bad_arguments_are_named(tmp_path):
         (lambda: plot_map(xy, [1, 2], held_out="x"), r"labels have shape \(2,\)"),
         (lambda: plot_masks(np.zeros(7), (2, 4)), "7 patches, a grid of 2 x 4 has 8"),
         (lambda: plot_spectrogram(np.zeros((2, 3, 4, 5))), r"spec has shape \(2, 3, 4, 5\)"),
-        (lambda: plot_reconstruction(np.ones((8, 8)), np.ones(4), np.ones((4, 15)), (4, 4)), r"\(4,\) and \(4, 16\) fit"),
+        (lambda: plot_reconstruction(np.ones((8, 8)), np.ones(4), np.ones((4, 9)), (4, 4)), r"and \(4, 16\) fit"),
         (lambda: plot_history([]), "no curve to draw over 'step'; rows hold nothing"),
         (lambda: plot_confusion(np.eye(3), ["a"], held_out="x"), r"shape \(3, 3\) for 1 names"),
         (lambda: save_html_map(xy, {"name": ["a"]}, tmp_path / "m.html", held_out="x"), "'name' has 1 values"),
