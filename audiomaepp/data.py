@@ -696,41 +696,31 @@ def _collate(
     wav = torch.stack(waves) if waves else torch.zeros(0, size)
     return {"wav": wav, "label": torch.tensor(labels, dtype=torch.int64), "index": torch.tensor(rows, dtype=torch.int64), "failed": failed}
 
-# %% ../nbs/11_data.ipynb #30318724
+# %% ../nbs/11_data.ipynb #9ce770e4
 class _Schedule:
     "The batches of the current epoch, from `start` on, as keys."
 
     def __init__(self, labels: np.ndarray, batch_size: int, seed: int, train: bool, balanced: bool):
         self.labels, self.batch_size, self.seed, self.train, self.balanced = labels, batch_size, seed, train, balanced
-        self.epoch, self.start = 0, 0
+        self.epoch, self.start, self.rank, self.world_size = 0, 0, 0, 1
         self._length = len(self.batches(0))
 
     def batches(self, epoch: int) -> list[list[tuple[int, int, int]]]:
-        "This process's batches of an epoch, as keys (epoch, row, how often the row came before)."
+        "All batches of an epoch, as keys (epoch, row, how often the row came before)."
         size, n = self.batch_size, len(self.labels)
         if not self.train:
             return [[(0, row, 0) for row in range(i, min(i + size, n))] for i in range(0, n, size)]
-        batches, (rank, world) = _plan(self.labels, size, self.seed, epoch, self.balanced), _rank_and_world()
-        if len(batches) < world:
-            raise ValueError(f"batch_size={size} makes {len(batches)} batches for {world} processes; {n // world} or less would do")
-        return batches[: len(batches) // world * world][rank::world]
+        return _plan(self.labels, size, self.seed, epoch, self.balanced)
 
     def __len__(self):
         return self._length
 
     def __iter__(self):
         start, self.start = self.start, 0 # the next pass is a whole one
-        return iter(self.batches(self.epoch)[start:])
+        even = self._length // self.world_size * self.world_size # every process gets as many
+        return iter(self.batches(self.epoch)[start:even][self.rank :: self.world_size])
 
-# %% ../nbs/11_data.ipynb #b1a9b018
-def _rank_and_world() -> tuple[int, int]:
-    "The number of this process, and how many there are."
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-# %% ../nbs/11_data.ipynb #70a0ab14
+# %% ../nbs/11_data.ipynb #481d7f1d
 class ClipLoader:
     "Batches of clips: dicts of wav (B, clip_samples), label (B,) with −1 for unlabelled, and index (B,), the row."
 
@@ -755,9 +745,18 @@ class ClipLoader:
             generator=torch.Generator(), # its own, or it would draw from torch's
         )
 
-    def set_epoch(self, epoch: int, start: int = 0):
-        "Which epoch comes next, and from which of its batches on."
-        self.schedule.epoch, self.schedule.start = epoch, start
+    def set_epoch(
+        self,
+        epoch: int, # which epoch the next pass shall be
+        start: int = 0, # from which of its batches on, counted over all processes
+        rank: int = 0, # number of this process
+        world_size: int = 1, # processes that share the batches; each takes every world_size-th
+    ):
+        "Choose what the next pass gives."
+        if not 0 <= rank < world_size <= len(self):
+            raise ValueError(f"rank={rank}, world_size={world_size} cannot share {len(self)} batches; a smaller batch_size would do")
+        schedule = self.schedule
+        schedule.epoch, schedule.start, schedule.rank, schedule.world_size = epoch, start, rank, world_size
 
     def __len__(self):
         return len(self.schedule)
