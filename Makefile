@@ -50,16 +50,16 @@ install: $(STAMP) ## .venv with everything, at the versions of constraints.txt
 
 # .installing stays behind when an installation is killed: the next one then starts from an empty .venv.
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
-	@if [ -e $(VENV)/.installing ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
-		rm -rf $(VENV); \
+	@if [ -e $(VENV)/.installing ] || ! $(PY) -c "" >/dev/null 2>&1; then \
 		for py in $(PYTHON); do \
 			"$$py" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; py=; \
 		done; \
 		[ -n "$$py" ] || { echo "No Python 3.11 or newer (with venv) among: $(PYTHON)."; \
 			echo "Install one, or name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }; \
 		echo "Making $(VENV) with $$("$$py" --version) and installing (a few minutes, once)."; \
-		"$$py" -m venv $(VENV); \
+		rm -rf $(VENV); "$$py" -m venv $(VENV); \
 	else echo "Bringing $(VENV) up to date."; fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
 	@touch $(VENV)/.installing
 	@$(PIP) setuptools wheel
 	@$(PIP) --no-build-isolation -e ".[dev]"
