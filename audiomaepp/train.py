@@ -232,7 +232,7 @@ class _Meter:
         speed = self.clips / (time.perf_counter() - self.start)
         return {**means, "grad_norm": round(float(self.grad_norm), 4), "clips_per_s": round(speed, 1)}
 
-# %% ../nbs/04_train.ipynb #ccd64163
+# %% ../nbs/04_train.ipynb #11a78511
 class _Records:
     "What a run writes down: rows, checkpoints, the best weights."
 
@@ -271,10 +271,11 @@ class _Records:
             with torch.random.fork_rng(), torch.no_grad():
                 scores = dict(evaluate(model.eval()))
             model.train()
-            if best_by not in scores:
+            if best_by.lstrip("-") not in scores:
                 raise ValueError(f"best_by={best_by!r} is not among the scores; one of {sorted(scores)} would do")
-        if not scores or self.best is None or scores[best_by] > self.best:
-            self.best = scores.get(best_by)
+            score = float(scores[best_by.lstrip("-")]) * (-1 if best_by.startswith("-") else 1)
+        if evaluate is None or self.best is None or score > self.best:
+            self.best = score if evaluate is not None else None
             if self.out_dir and self.accelerator.is_main_process:
                 model.save_pretrained(self.out_dir)
         return scores
@@ -289,14 +290,14 @@ class _Records:
             self.history.to_csv(self.out_dir / "history.csv")
         self.saved_at = time.monotonic()
 
-# %% ../nbs/04_train.ipynb #a3fd5386
+# %% ../nbs/04_train.ipynb #2990fa7c
 class _Plan:
     "How many steps there will be, which batches make one, and how progress is shown."
 
     def _plan(self, train: Iterable):
         "Count the steps of the run."
         world = self.accelerator.num_processes
-        self.batches = len(train) if hasattr(train, "set_epoch") else len(train) // world
+        self.batches = len(train) // world
         if not self.batches:
             raise ValueError(f"the training set gives {len(train)} batches for {world} processes; "
                              f"more clips, or a smaller batch_size than {self.cfg.batch_size}, would do")
@@ -307,14 +308,14 @@ class _Plan:
 
     def _groups(self, train: Iterable, epoch: int, start: int) -> Iterator[tuple[int, list[dict]]]:
         "This process's batches of an epoch from `start` on, `accum_steps` at a time, with the count of those done."
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch, start)
+            train.set_epoch(epoch, start * world, rank, world)
             mine = iter(train)
         else:
-            mine = itertools.islice(train, self.accelerator.process_index, None, self.accelerator.num_processes)
-            mine = itertools.islice(mine, start, self.batches)
+            mine = itertools.islice(train, start * world + rank, None, world)
         for done in range(start, self.batches, self.cfg.accum_steps):
-            group = list(itertools.islice(mine, self.cfg.accum_steps))
+            group = list(itertools.islice(mine, min(self.cfg.accum_steps, self.batches - done)))
             yield done + len(group), group
 
     def _progress(self) -> tqdm:
@@ -332,7 +333,7 @@ def _in_jupyter() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-# %% ../nbs/04_train.ipynb #918747a6
+# %% ../nbs/04_train.ipynb #f1ff76d6
 class Trainer(_Plan, _Steps, _Records):
     "Trains a model on batches; resumable, deterministic, parallel through Accelerate."
 
@@ -366,7 +367,7 @@ class Trainer(_Plan, _Steps, _Records):
         self,
         train: Iterable, # sized; batches {"wav" or "spec", "label"}; see `_Plan` for `set_epoch`
         evaluate: Callable[[AudioMAEPlusPlus], dict] | None = None, # model → held-out scores, higher is better for best_by
-        best_by: str = "knn", # the score that chooses the checkpoint
+        best_by: str = "knn", # the score that chooses the checkpoint; "-error" means less is better
     ) -> History:
         "Train to the last epoch, from wherever the run stands."
         self._plan(train)
