@@ -237,25 +237,25 @@ def _opened(source):
     with soundfile.SoundFile(_ClaimsMore(data)) as sound:
         yield sound, head
 
-# %% ../nbs/10_audio.ipynb #ae7a80f0
+# %% ../nbs/10_audio.ipynb #4fbf0273
 class AudioInfo(NamedTuple):
-    "What a recording's header says."
+    "What a recording is, before it is decoded."
 
-    seconds: float # duration; infinite where the header does not say
+    seconds: float # duration
     sample_rate: int # Hz
     channels: int # 1 is mono
-    frames: int # samples of one channel; 0 where the header does not say
+    frames: int # samples of one channel
     format: str # "WAV", "FLAC", …
 
 
 def probe(
     source, # path, binary file object or bytes
 ) -> AudioInfo:
-    "Duration, rate and channels of a recording without decoding it; raises `AudioError`."
+    "Duration, rate and channels of a recording, decoded only if its header gives no length; raises `AudioError`."
     with _opened(source) as (sound, head):
         unknown = sound.frames >= _UNKNOWN or _is_untagged_mp3(sound, head)
-        seconds, frames = (math.inf, 0) if unknown else (sound.frames / sound.samplerate, sound.frames)
-        return AudioInfo(seconds, sound.samplerate, sound.channels, frames, sound.format)
+        frames = _decode(sound, 0, sound.frames, mono=True, block=1152)[1] if unknown else sound.frames
+        return AudioInfo(frames / sound.samplerate, sound.samplerate, sound.channels, frames, sound.format)
 
 
 _UNKNOWN = 2**40 # libsndfile reports a length far beyond this where the header gives none

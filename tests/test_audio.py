@@ -273,7 +273,7 @@ def test_headers_without_a_length(tmp_path):
     path.write_bytes(data)
     assert torch.equal(load_audio(path), whole)
     assert torch.equal(load_audio(path, start=1, seconds=0.5), whole[16_000:24_000])
-    assert probe(path).seconds == math.inf
+    assert probe(path) == (3.0, RATE, 1, 48_000, "FLAC")
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
@@ -289,7 +289,7 @@ def test_mp3_without_a_length_tag(tmp_path, mode, first):
         assert 96_000 <= len(load_audio(source)) < 99_000
     path.write_bytes(untagged)
     assert 96_000 <= len(load_audio(path)) < 99_000 and len(load_audio(path, start=3, seconds=1)) == RATE
-    assert probe(path).seconds == math.inf and "decoded from start" in reason(path, start=20)
+    assert 6 <= probe(path).seconds < 6.2 and "decoded from start" in reason(path, start=20)
     assert 20_000 < len(load_audio(untagged[: len(untagged) * 6 // 10])) < 96_000 # nothing was promised
 
     picture = b"ID3\x04\0\0" + bytes([0, 0, 2, 0]) + bytes(256) + data
