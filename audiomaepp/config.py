@@ -190,7 +190,7 @@ class _Augmentation:
             if getattr(self, field) >= most:
                 raise _bad(field, getattr(self, field), f"would blank the whole image of {most}", f"less than {most} would do")
 
-# %% ../nbs/00_config.ipynb #8327e0b3
+# %% ../nbs/00_config.ipynb #507a171a
 @dataclass(frozen=True, kw_only=True)
 class _Training:
     "Training"
@@ -203,7 +203,7 @@ class _Training:
     betas: tuple[float, float] = (0.9, 0.95) # AdamW's running averages
     warmup_epochs: float = 10.0 # epochs of linear warm-up
     grad_clip: float = 1.0 # largest gradient norm; 0 switches clipping off
-    precision: Literal["auto", "fp32", "bf16"] = "auto" # auto is bf16 on a GPU that has it, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto" # auto is bf16 where the hardware has it, else fp32
     num_workers: int = 0 # processes that load audio
     eval_every: int = 5 # epochs between evaluations on held-out clips; 0 evaluates at the end only
     seed: int = 0 # of everything random

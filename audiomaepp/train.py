@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'param_groups', 'History', 'collapse_warning', 'save_checkpoint', 'read_progress', 'load_checkpoint',
-           'Trainer']
+           'has_bf16', 'Trainer']
 
 # %% ../nbs/04_train.ipynb #7fa308a8
 import contextlib
@@ -213,6 +213,15 @@ class _Steps:
         self.step += 1
         return out
 
+# %% ../nbs/04_train.ipynb #c3bede79
+def has_bf16(device: torch.device) -> bool:
+    "Whether a device multiplies bf16 in hardware."
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # where torch cannot say, it is False
+    return False
+
 # %% ../nbs/04_train.ipynb #8a94be89
 class _Meter:
     "Sums of what is measured between two rows of the history."
@@ -333,7 +342,7 @@ def _in_jupyter() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-# %% ../nbs/04_train.ipynb #f1ff76d6
+# %% ../nbs/04_train.ipynb #e31d8c29
 class Trainer(_Plan, _Steps, _Records):
     "Trains a model on batches; resumable, deterministic, parallel through Accelerate."
 
@@ -357,8 +366,7 @@ class Trainer(_Plan, _Steps, _Records):
             torch.manual_seed(cfg.seed + self.accelerator.process_index)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
-        can_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and can_bf16)
+        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(self.device))
         self.out_dir = Path(out_dir) if out_dir is not None else None
         self.history, self.meter, self.live, self.said = History(), _Meter(), None, set()
         self.step, self.epoch, self.best, self.start = 0, 0, None, (0, 0)
