@@ -1,4 +1,4 @@
-"""With the extra losses off, training is the plain masked autoencoder, bit for bit; the flags draw no random numbers."""
+"""With the extra losses off, training is the plain masked autoencoder, bit for bit; flags draw no random numbers."""
 
 import math
 
@@ -30,7 +30,7 @@ def batches(labels=True):
         yield {**batch, "label": torch.tensor([0, 0, 1, 1, 2, -1])} if labels else batch
 
 
-# ---- another program for the same thing: functions on a dict of tensors, and nothing of the package but its first weights
+# ---- another program for the same thing: functions on a dict of tensors; of the package, its first weights alone
 
 
 def block(x, w, heads):

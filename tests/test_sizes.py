@@ -1,4 +1,4 @@
-"""Every size that divides trains; every one that does not is refused when the config is made, with one that would do."""
+"""Every size that divides trains; every other is refused when the config is made, with one that would do."""
 
 import ast
 import re
