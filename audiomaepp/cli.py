@@ -7,7 +7,7 @@ __all__ = ['DataArgs', 'validation_rows', 'probe_loader', 'Validation', 'train_r
            'evaluate_run', 'draw_run', 'draw_reconstructions', 'Demo', 'Train', 'Evaluate', 'Map', 'Embed', 'Doctor',
            'parse', 'main']
 
-# %% ../nbs/40_cli.ipynb #49b21223
+# %% ../nbs/40_cli.ipynb #8db5db6c
 import dataclasses
 import importlib.metadata
 import json
@@ -28,18 +28,18 @@ import tyro
 from .audio import LogMel, _import_torchaudio, build_frontend
 from .config import Config, write_atomic
 from .data import Recordings, augment, drop_unreadable, make_loader, open_recordings, split, synthesize
-from .embed import EmbeddingGenerator, write_parquet
-from .evaluate import Report, evaluate_embeddings, knn_accuracy, logmel_statistics, make_report
+from .embed import EmbeddingGenerator
+from .evaluate import Report, knn_accuracy, logmel_statistics, make_report
 from .losses import rankme
 from .model import AudioMAEPlusPlus
-from .train import History, Trainer, read_progress
+from .train import History, Trainer
 
-# %% ../nbs/40_cli.ipynb #6cdb1bd2
+# %% ../nbs/40_cli.ipynb #1287a7e0
 @dataclass(frozen=True)
 class DataArgs:
     "Where the sounds are, and which of them are held out."
 
-    data: str = "synthetic" # folder (a folder per class, ESC-50's layout, or unlabelled), .csv or .parquet; or "synthetic"
+    data: str = "synthetic" # folder (of class folders, like ESC-50's, or flat), .csv, .parquet, or "synthetic"
     fold: str | None = None # hold out this fold
     group: str | None = None # hold out this group (speaker, site, …)
     label_from: str | None = None # regular expression that finds the label in a file's name
@@ -59,14 +59,16 @@ class DataArgs:
             found = open_recordings(self.data, cfg.sample_rate, self.label_from, self.group_from)
             recordings = drop_unreadable(found, quiet=quiet)
         if len(recordings) < 2:
-            raise ValueError(f"{self.data} holds {len(recordings)} readable recordings; at least two would do. {recordings.skipped}")
+            raise ValueError(f"{self.data} holds {len(recordings)} readable recordings; at least two would do.\n"
+                             + "\n".join(_skipped_lines(recordings.skipped)))
         return split(recordings, fold=self.fold, group=self.group, fraction=self.fraction, seed=cfg.seed)
 
     def save(self, path: Path, protocol: str, train: Recordings, test: Recordings):
         "Write how the data was opened and split, and what was skipped."
         where = self.data if self.data == "synthetic" else os.path.abspath(self.data)
-        facts = dict(protocol=protocol, classes=train.classes, n_train=len(train), n_test=len(test), skipped=len(train.skipped))
-        write_atomic(path, json.dumps({**dataclasses.asdict(self), "data": where, **facts}, indent=2).encode() + b"\n")
+        facts = dict(protocol=protocol, classes=train.classes, n_train=len(train), n_test=len(test))
+        facts = {**dataclasses.asdict(self), "data": where, **facts, "skipped": len(train.skipped)}
+        write_atomic(path, json.dumps(facts, indent=2).encode() + b"\n")
         if train.skipped:
             train.skipped.to_csv(path.with_name("skipped.csv"))
 
@@ -98,7 +100,7 @@ def probe_loader(
     batches = list(make_loader(recordings, cfg, train=False))
     return torch.cat([b["wav"] for b in batches]), torch.cat([b["label"] for b in batches]).numpy()
 
-# %% ../nbs/40_cli.ipynb #dd293f0e
+# %% ../nbs/40_cli.ipynb #0aa1f38e
 class Validation:
     "Scores a model on clips that its training does not see."
 
@@ -115,7 +117,7 @@ class Validation:
 
     def __call__(self, model: AudioMAEPlusPlus) -> dict[str, float]:
         "kNN accuracy (with labels), RankMe and reconstruction error of the validation clips."
-        torch.manual_seed(self.cfg.seed)  # the same masks every time; the trainer calls this on a fork of the random state
+        torch.manual_seed(self.cfg.seed)  # the same masks each time; the trainer gave us a fork of the random state
         held, errors = self.embed(model, self.held[0], reconstruct=True)
         scores = {"heldout_reconstruction": np.mean(errors), "rankme": rankme(torch.from_numpy(held)).item()}
         if self.labelled:
@@ -130,11 +132,11 @@ class Validation:
             spec = frontend(batch.to(device))
             rows.append(model.get_embedding(spec).float().cpu())
             if reconstruct:
-                labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # given, so that no second view is encoded
+                labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # given, or a second view is encoded
                 errors.append(model(spec, labels).losses["reconstruction"].item())
         return torch.cat(rows).numpy(), errors
 
-# %% ../nbs/40_cli.ipynb #bdd7ea59
+# %% ../nbs/40_cli.ipynb #e62892b1
 def train_run(
     cfg: Config,
     data: DataArgs,
@@ -158,7 +160,8 @@ def train_run(
         cfg.save(out / "config.json")
         data.save(out / "data.json", protocol, train, test)
     if not quiet:
-        print(f"{protocol} ({len(fitted)} to fit, {len(held)} to choose the checkpoint)", *_skipped_lines(train.skipped), sep="\n")
+        print(*_skipped_lines(train.skipped), protocol, sep="\n")
+        print(f"of the training part, {len(fitted)} to fit the weights and {len(held)} to choose the checkpoint")
     trainer.transform = augment(cfg, build_frontend(cfg)).to(trainer.device)
     validation = Validation(fitted, held, cfg)
     history = trainer.fit(make_loader(fitted, cfg), validation, validation.best_by)
@@ -178,7 +181,7 @@ def _skipped_lines(skipped: list, most: int = 5) -> list[str]:
     lines = [f"skipped {path}: {reason}" for path, reason in skipped[:most]]
     return lines + [f"… and {len(skipped) - most} more, all in skipped.csv"] * (len(skipped) > most)
 
-# %% ../nbs/40_cli.ipynb #e82a9fca
+# %% ../nbs/40_cli.ipynb #1dbf0a8f
 def floor_features(
     recordings: Recordings, # at 16 kHz
     rows: np.ndarray, # which of them
@@ -212,7 +215,8 @@ def evaluate_run(
     run = Path(run)
     generator = EmbeddingGenerator(run)
     train, test, protocol = DataArgs.load(run / "data.json").open(generator.cfg, quiet)
-    (train_x, train_rows, _), (test_x, test_rows, _) = (generator.embed_recordings(r, quiet=quiet) for r in (train, test))
+    train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
+    test_x, test_rows, _ = generator.embed_recordings(test, quiet=quiet)
     train, test = train.select(train_rows), test.select(test_rows)
     floors = [floor_features(r.at_rate(16000), np.arange(len(r))) for r in (train, test)]
     report = make_report(train_x, train.labels, test_x, test.labels, tuple(floors), protocol)
@@ -220,7 +224,7 @@ def evaluate_run(
     report.to_json(run / "results.json")
     return Evaluation(report, train, test, test_x, floors[1], protocol)
 
-# %% ../nbs/40_cli.ipynb #42e4895c
+# %% ../nbs/40_cli.ipynb #260d1167
 def draw_run(
     run: str | os.PathLike, # a run's folder
     evaluation: Evaluation,
@@ -248,7 +252,8 @@ def draw_run(
 
 def _numbers(scores: dict) -> dict:
     "The numbers that stand under a map."
-    return {title: scores[key] for key, title in (("knn", "kNN-10"), ("linear", "linear"), ("rankme", "RankMe")) if key in scores}
+    titles = {"knn": "kNN-10", "linear": "linear", "rankme": "RankMe"}
+    return {title: scores[key] for key, title in titles.items() if key in scores}
 
 
 def _read_history(run: Path) -> list[dict]:
@@ -258,7 +263,7 @@ def _read_history(run: Path) -> list[dict]:
     with open(run / "history.csv", newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
-# %% ../nbs/40_cli.ipynb #4ad5f2ea
+# %% ../nbs/40_cli.ipynb #f1a9730c
 def draw_reconstructions(
     run: str | os.PathLike, # a run's folder
     test: Recordings, # held-out clips
@@ -277,8 +282,9 @@ def draw_reconstructions(
         with torch.no_grad():
             out = model(spec, torch.zeros(1, dtype=torch.long))
         name = test.table["label"].iat[i] or Path(test.paths[i]).name
-        figure = plot_reconstruction(spec[0, 0], out.mask[0], model.unpatchify(out.pred)[0, 0], cfg.patch_size, f"{name} (held out)",
-                                     cfg.norm_pix_loss, cfg.hop_length / cfg.sample_rate)
+        painted, seconds = model.unpatchify(out.pred)[0, 0], cfg.hop_length / cfg.sample_rate
+        figure = plot_reconstruction(spec[0, 0], out.mask[0], painted, cfg.patch_size, f"{name} (held out)",
+                                     cfg.norm_pix_loss, seconds)
         paths.append(Path(run) / "pictures" / f"reconstruction_{n}.png")
         figure.savefig(paths[-1], dpi=110)
     return paths
@@ -310,14 +316,14 @@ class Demo:
         _print_result(evaluation, draw_run(out, evaluation))
         print(f"\nDone in {time.monotonic() - started:.0f} s. Next: audiomaepp train --help")
 
-# %% ../nbs/40_cli.ipynb #ead302c4
+# %% ../nbs/40_cli.ipynb #8024832d
 @dataclass
 class Train:
     "Train a model. Every setting is a flag; --preset sets many at once."
 
     data: tyro.conf.OmitArgPrefixes[DataArgs] = field(default_factory=DataArgs)
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=lambda: Config.preset("nano"))
-    preset: str = "nano" # the settings to start from: nano, tiny, small, medium, base, large, huge, official_…, audiomae
+    preset: str = "nano" # settings to start from: nano, tiny, small, medium, base, large, huge, official_…, audiomae
     out: str = "" # the run's folder; runs/ and a name made from the data and the time when left out
     resume: bool = False # go on where the run in --out stopped
 
@@ -328,11 +334,11 @@ class Train:
         try:
             train_run(self.config, self.data, out, self.resume)
         except KeyboardInterrupt:
-            again = f"audiomaepp train --resume --out {out}"
-            sys.exit(f"\nStopped. {again} goes on from the last checkpoint." if (Path(out) / "checkpoint.safetensors").exists() else 1)
+            begun = (Path(out) / "checkpoint.safetensors").exists()
+            sys.exit("\nStopped." + f" audiomaepp train --resume --out {out} goes on from the last checkpoint." * begun)
         print(f"\nThe run is in {out}. Next: audiomaepp evaluate {out}")
 
-# %% ../nbs/40_cli.ipynb #d4bbe545
+# %% ../nbs/40_cli.ipynb #333cfd8e
 @dataclass
 class Evaluate:
     "Score a run on its held-out clips: kNN and linear probe, beside log-mel statistics and chance."
@@ -354,7 +360,8 @@ class Map:
     def run(self):
         evaluation = evaluate_run(self.run_folder)
         if self.colour != "label" and self.colour not in evaluation.test.table:
-            raise ValueError(f"there is no column {self.colour!r}; there are {', '.join(evaluation.test.table.columns)}")
+            columns = ", ".join(evaluation.test.table.columns)
+            raise ValueError(f"colour={self.colour!r} is no column of the recordings; one of {columns} would do")
         _print_result(evaluation, draw_run(self.run_folder, evaluation, self.colour))
 
 # %% ../nbs/40_cli.ipynb #1c09cfd0
@@ -377,15 +384,19 @@ class Embed:
             skipped.to_csv(path)
             print(*_skipped_lines(skipped), f"All in {path}", sep="\n")
 
-# %% ../nbs/40_cli.ipynb #04bd8aef
+# %% ../nbs/40_cli.ipynb #02d450d3
+_PACKAGES = (
+    "audiomaepp", "torch", "torchaudio", "numpy", "soundfile", "accelerate", "umap-learn", "scikit-learn", "pandas",
+)
+
+
 @dataclass
 class Doctor:
     "Show versions and devices, and try every part once."
 
     def run(self):
-        packages = ("audiomaepp", "torch", "torchaudio", "numpy", "soundfile", "accelerate", "umap-learn", "scikit-learn", "pandas")
         rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-        rows += [(name, importlib.metadata.version(name)) for name in packages]
+        rows += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         rows += [("cores / threads", f"{os.cpu_count()} / {torch.get_num_threads()}"), ("GPU", gpu)]
         rows += [("free disk", f"{shutil.disk_usage('.').free / 1e9:.0f} GB")]
@@ -404,7 +415,7 @@ class Doctor:
 def _check_torchaudio() -> str:
     torchaudio = _import_torchaudio()
     full = getattr(sys.modules["torchaudio._extension"], "_IS_TORCHAUDIO_EXT_AVAILABLE", False)
-    return f"{torchaudio.__version__.split('+')[0]}, {'with' if full else 'without'} its compiled extension (not needed)"
+    return f"{torchaudio.__version__}, {'with' if full else 'without'} its compiled extension, which is not needed"
 
 
 def _check_model() -> str:
@@ -422,7 +433,7 @@ def _check_formats() -> str:
 
 _CHECKS = {"torchaudio works": _check_torchaudio, "formats": _check_formats, "model": _check_model}
 
-# %% ../nbs/40_cli.ipynb #114e3a87
+# %% ../nbs/40_cli.ipynb #252b8cb1
 def parse(
     argv: list[str], # what stands behind `audiomaepp`
 ) -> Demo | Train | Evaluate | Map | Embed | Doctor:
@@ -435,8 +446,8 @@ def parse(
     }
     kinds = []
     for name, command in commands.items():
-        kind, default = (command, tyro.MISSING) if isinstance(command, type) else (type(command), command)
-        kinds.append(Annotated[kind, tyro.conf.subcommand(name, default=default, description=kind.__doc__)])
+        kind, default = (command, {}) if isinstance(command, type) else (type(command), {"default": command})
+        kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **default)])
     about = "AudioMAE++: see what a loss does to an embedding space."
     return tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=argv, description=about)  # noqa: UP007
 
@@ -451,7 +462,3 @@ def main(
         if os.environ.get("AUDIOMAEPP_DEBUG"):
             raise
         sys.exit(f"audiomaepp: {error}")
-
-
-if __name__ == "__main__" and not hasattr(sys.modules["__main__"], "__IPYTHON__") and "ipykernel" not in sys.modules:
-    main()

@@ -29,7 +29,7 @@ def _bad(
     "The error for one bad setting."
     return ValueError(f"{field}={value!r} {problem}; {remedy}")
 
-# %% ../nbs/00_config.ipynb #3ad0e804
+# %% ../nbs/00_config.ipynb #91b1d1e6
 def _need_int(field: str, value: Any, least: int = 1):
     "Raise unless `value` is a whole number of at least `least`."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -54,12 +54,13 @@ def _need_choice(field: str, value: Any, choices: tuple):
 
 def _pair(field: str, value: Any) -> tuple[int, int]:
     "An int or a (time, mel) pair as a pair of positive ints."
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else (value,)
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
-        raise _bad(field, value, "is not a positive whole number or a (time, mel) pair of them", "16 or (4, 16) would do")
+        problem = "is not a positive whole number or a (time, mel) pair of them"
+        raise _bad(field, value, problem, "16 or (4, 16) would do")
     return pair
 
-# %% ../nbs/00_config.ipynb #fe1dd9a9
+# %% ../nbs/00_config.ipynb #c962151b
 @dataclass(frozen=True, kw_only=True)
 class _Image:
     "Image and patches"
@@ -76,9 +77,8 @@ class _Image:
                            f"{size} or less, dividing {size}, would do")
             if size % patch:
                 below, above = size // patch * patch, -(-size // patch) * patch
-                remainder = f"({size} = {size // patch}·{patch} + {size % patch})"
-                raise _bad("img_size", self.img_size, f"does not divide into patches of {patch} along {axis} {remainder}",
-                           f"{below} or {above} would")
+                problem = f"does not divide into patches of {patch} along {axis} ({size} = {below} + {size % patch})"
+                raise _bad("img_size", self.img_size, problem, f"{below} or {above} would")
         _need_int("in_chans", self.in_chans)
 
 # %% ../nbs/00_config.ipynb #e110aba6
@@ -112,7 +112,7 @@ class _Model:
         _need_float("mlp_ratio", self.mlp_ratio, 0, 64, "mlp_ratio=4.0 is usual", open_low=True)
         _need_choice("block", self.block, ("macaron", "plain"))
 
-# %% ../nbs/00_config.ipynb #351166b0
+# %% ../nbs/00_config.ipynb #5a370cf8
 @dataclass(frozen=True, kw_only=True)
 class _Masking:
     "Masking and reconstruction"
@@ -121,7 +121,7 @@ class _Masking:
     norm_pix_loss: bool = False # reconstruct patches that are standardised one by one
 
     def _check(self):
-        _need_float("mask_ratio", self.mask_ratio, 0, 1, "0.75 hides three patches in four", open_low=True, open_high=True)
+        _need_float("mask_ratio", self.mask_ratio, 0, 1, "0.75 hides three patches in four", True, True)
         _need_choice("mask_mode", self.mask_mode, MASK_MODES)
 
 # %% ../nbs/00_config.ipynb #a6fec541
@@ -144,7 +144,7 @@ class _Losses:
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual} is usual", True, True)
         _need_choice("pooling_mode", self.pooling_mode, POOLING_MODES)
 
-# %% ../nbs/00_config.ipynb #3fc59484
+# %% ../nbs/00_config.ipynb #4cc955ee
 @dataclass(frozen=True, kw_only=True)
 class _FrontEnd:
     "Front end"
@@ -157,7 +157,7 @@ class _FrontEnd:
     f_max: float = 8000.0 # Hz, upper edge of the highest band
     normalize: Literal["clip", "dataset"] = "clip" # standardise each clip by itself, or all by spec_mean and spec_std
     spec_mean: float = -4.2677393 # mean of the data set's spectrograms (AudioSet's), for normalize="dataset"
-    spec_std: float = 4.5689974 # standard deviation of the data set's spectrograms (AudioSet's), for normalize="dataset"
+    spec_std: float = 4.5689974 # their standard deviation (AudioSet's), for normalize="dataset"
 
     def _check(self):
         _need_choice("frontend", self.frontend, ("logmel", "fbank"))
@@ -165,14 +165,15 @@ class _FrontEnd:
         for field in ("sample_rate", "n_fft", "win_length", "hop_length"):
             _need_int(field, getattr(self, field))
         if self.win_length > self.n_fft:
-            raise _bad("win_length", self.win_length, f"is longer than n_fft={self.n_fft}", f"{self.n_fft} or less would do")
-        nyquist = self.sample_rate / 2
-        _need_float("f_max", self.f_max, 0, nyquist, f"{nyquist:g} Hz, half the sample rate, is the most", open_low=True)
+            problem = f"is longer than n_fft={self.n_fft}"
+            raise _bad("win_length", self.win_length, problem, f"{self.n_fft} or less would do")
+        most = self.sample_rate / 2
+        _need_float("f_max", self.f_max, 0, most, f"{most:g} Hz, half the sample rate, is the most", open_low=True)
         _need_float("f_min", self.f_min, 0, self.f_max, f"it must lie below f_max={self.f_max:g}", open_high=True)
         _need_float("spec_mean", self.spec_mean, float("-inf"), float("inf"), "-4.27 is AudioSet's", True, True)
         _need_float("spec_std", self.spec_std, 0, float("inf"), "4.57 is AudioSet's", True, True)
 
-# %% ../nbs/00_config.ipynb #f1d91ad3
+# %% ../nbs/00_config.ipynb #fbd8e795
 @dataclass(frozen=True, kw_only=True)
 class _Augmentation:
     "Augmentation while training"
@@ -187,8 +188,9 @@ class _Augmentation:
         _need_float("mix", self.mix, 0, 1, "0.5 mixes every second clip, 0 is off")
         for field, most in (("spec_time_mask", self.img_size[0]), ("spec_freq_mask", self.img_size[1])):
             _need_int(field, getattr(self, field), least=0)
-            if getattr(self, field) >= most:
-                raise _bad(field, getattr(self, field), f"would blank the whole image of {most}", f"less than {most} would do")
+            width = getattr(self, field)
+            if width >= most:
+                raise _bad(field, width, f"would blank the whole image of {most}", f"less than {most} would do")
 
 # %% ../nbs/00_config.ipynb #507a171a
 @dataclass(frozen=True, kw_only=True)
@@ -219,22 +221,9 @@ class _Training:
             raise _bad("betas", self.betas, "is not a pair of numbers in [0, 1)", "(0.9, 0.95) is usual")
         _need_choice("precision", self.precision, ("auto", "fp32", "bf16"))
 
-# %% ../nbs/00_config.ipynb #991f3e3f
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Image):
-    """Every setting of a model and its training; frozen, checked when it is made.
-
-    Raises `ValueError` that names the field, its value and what would do. Change one with `cfg.replace(field=value)`.
-    """
-
-    def __post_init__(self):
-        for group in _groups():
-            group._check(self)
-        if not 0 < self.num_visible < self.num_patches:
-            units = {"random": "patches", "time": "time steps", "band": "bands"}[self.mask_mode]
-            n = self._mask_units
-            raise _bad("mask_ratio", self.mask_ratio, f"leaves nothing visible or nothing hidden of {n} {units}",
-                       f"{round(max(1, n // 2) / n, 3)} would do" if n > 1 else "a smaller patch_size would do")
+# %% ../nbs/00_config.ipynb #b09a36c6
+class _Derived:
+    "What the settings imply."
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -293,6 +282,23 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
         "Seconds in a clip."
         return self.clip_samples / self.sample_rate
 
+# %% ../nbs/00_config.ipynb #818dcf0c
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Image, _Derived):
+    """Every setting of a model and its training; frozen, checked when it is made.
+
+    Raises `ValueError` that names the field, its value and what would do. Change one with `cfg.replace(field=value)`.
+    """
+
+    def __post_init__(self):
+        for group in _groups():
+            group._check(self)
+        if not 0 < self.num_visible < self.num_patches:
+            units = {"random": "patches", "time": "time steps", "band": "bands"}[self.mask_mode]
+            n = self._mask_units
+            raise _bad("mask_ratio", self.mask_ratio, f"leaves nothing visible or nothing hidden of {n} {units}",
+                       f"{round(max(1, n // 2) / n, 3)} would do" if n > 1 else "a smaller patch_size would do")
+
     def replace(self, **changes) -> "Config":
         "A copy with some settings changed, checked again."
         _known(changes)
@@ -330,13 +336,12 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
     def __repr__(self):
         return f"Config({', '.join(f'{k}={v!r}' for k, v in self.diff().items())})"
 
-    def _repr_html_(self):
-        return _html_table(self)
+    def _repr_html_(self): return _html_table(self)
 
-# %% ../nbs/00_config.ipynb #8bae4c68
+# %% ../nbs/00_config.ipynb #b08eaa80
 def _groups() -> list[type]:
     "The groups of settings, in order."
-    return [c for c in reversed(Config.__mro__) if c not in (object, Config)]
+    return [c for c in reversed(Config.__mro__) if "_check" in vars(c)]
 
 
 def _known(settings: dict):
@@ -385,7 +390,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #0020f2e0
+# %% ../nbs/00_config.ipynb #dda4257e
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -404,6 +409,6 @@ PRESETS = {
     **{f"official_{name}": {**size, **_OFFICIAL} for name, size in _SIZES.items()},
     "audiomae": dict(
         _size(768, 12, 12, 512), decoder_depth=16, decoder_num_heads=16, block="plain", img_size=(1024, 128),
-        patch_size=(16, 16), frontend="fbank", normalize="dataset", **_OFFICIAL
+        patch_size=(16, 16), frontend="fbank", f_min=20.0, normalize="dataset", **_OFFICIAL
     ),
 }

@@ -112,7 +112,7 @@ def split_by_noise(
     mask = torch.ones_like(noise).scatter_(1, ids_keep, 0)
     return ids_keep, mask
 
-# %% ../nbs/02_model.ipynb #f2d2796f
+# %% ../nbs/02_model.ipynb #5b91fbd0
 def ids_of_mask(
     mask: Tensor, # (B, N) or (N,), 1 = masked
     batch: int, # clips
@@ -124,8 +124,8 @@ def ids_of_mask(
     mask = mask.expand(batch, -1).float()
     visible = (mask == 0).sum(1)
     if not ((mask == 0) | (mask == 1)).all() or (visible != visible[0]).any() or not 0 < visible[0] < num_patches:
-        raise ValueError(f"mask leaves {visible.tolist()} patches visible; zeros (visible) and ones (masked) alone, with "
-                         f"the same number visible in each clip, from 1 to {num_patches - 1}, would do")
+        raise ValueError(f"mask leaves {visible.tolist()} patches visible; zeros (visible) and ones (masked), the same number "
+                         f"visible in each clip, from 1 to {num_patches - 1}, would do")
     return (mask == 0).nonzero()[:, 1].reshape(batch, -1), mask
 
 # %% ../nbs/02_model.ipynb #a1c558c4
@@ -330,7 +330,7 @@ class _EmbeddingLosses:
             losses["uniformity"] = uniformity_loss(everyone, cfg.uniformity_t)
         return losses
 
-# %% ../nbs/02_model.ipynb #476f212f
+# %% ../nbs/02_model.ipynb #5f92189e
 class _Pretrained:
     "Saving and loading."
 
@@ -352,7 +352,7 @@ class _Pretrained:
         "Read a model back; raises FileNotFoundError if the folder holds none."
         for path in (Path(folder) / "config.json", Path(folder) / "model.safetensors"):
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; a folder that save_pretrained or a training run wrote would do")
+                raise FileNotFoundError(f"{path} is missing; a folder that save_pretrained or a run wrote would do")
         model = cls(Config.load(Path(folder) / "config.json"))
         model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"))
         return model.to(device).eval()
@@ -362,14 +362,17 @@ def cpu_state(module: nn.Module) -> dict[str, Tensor]:
     "A module's state dict, ready for safetensors."
     return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
 
-# %% ../nbs/02_model.ipynb #10304d8d
+# %% ../nbs/02_model.ipynb #5a52048a
 def _init_weights(module: nn.Module):
-    "As MAE: Xavier-uniform weights, zero biases; LayerNorm starts as the identity."
+    "As MAE: Xavier-uniform weights, zero biases, small random tokens; LayerNorm starts as the identity."
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+    for token in ("cls_token", "mask_token"):
+        if hasattr(module, token):
+            nn.init.normal_(getattr(module, token), std=0.02)
 
-# %% ../nbs/02_model.ipynb #2324c33f
+# %% ../nbs/02_model.ipynb #56662d04
 class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
     "Masked autoencoder for spectrograms with macaron SwiGLU blocks. Source: arXiv 2507.10464, arXiv 2111.06377."
 
@@ -381,15 +384,13 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         self.cfg = cfg or Config()
         self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
         self.apply(_init_weights)
-        for token in (self.encoder.cls_token, self.decoder.mask_token):
-            nn.init.normal_(token, std=0.02)
 
     def patchify(self, spec: Tensor) -> Tensor: # (B, C, T, M) → (B, N, patch_dim)
         "Cut a spectrogram into flattened patches."
         cfg = self.cfg
         if spec.ndim != 4 or spec.shape[1:] != (cfg.in_chans, *cfg.img_size):
             want = f"(batch, {cfg.in_chans}, {cfg.img_size[0]}, {cfg.img_size[1]})"
-            raise ValueError(f"spec has shape {tuple(spec.shape)}; {want}, that is (batch, channel, time, mel), would do")
+            raise ValueError(f"spec has shape {tuple(spec.shape)}; {want}, as (batch, channel, time, mel), would do")
         return patchify(spec, cfg.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor: # (B, N, patch_dim) → (B, C, T, M)

@@ -117,7 +117,7 @@ def _text_table(columns: list[str], rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
 
-# %% ../nbs/04_train.ipynb #18b7b18b
+# %% ../nbs/04_train.ipynb #39a259ac
 def collapse_warning(
     embeddings: Tensor, # (B, D) of a training batch
 ) -> str: # empty if all is well
@@ -128,10 +128,12 @@ def collapse_warning(
     spread, rank = uniformity_loss(x).item(), rankme(x - x.mean(0)).item()
     what = f"uniformity {spread:.3f}, RankMe {rank:.1f} of {min(x.shape)}"
     if spread > -0.005:
-        return f"the embeddings have collapsed to one direction ({what}); use_uniformity_loss=True or a lower base_lr may help"
-    if rank < 1.5:
-        return f"the embeddings use one dimension only ({what}); use_uniformity_loss=True or a lower base_lr may help"
-    return ""
+        problem = "have collapsed to one direction"
+    elif rank < 1.5:
+        problem = "use one dimension only"
+    else:
+        return ""
+    return f"the embeddings {problem} ({what}); use_uniformity_loss=True or a lower base_lr may help"
 
 # %% ../nbs/04_train.ipynb #4bd54cbd
 def save_checkpoint(
@@ -175,7 +177,7 @@ def load_checkpoint(
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
-# %% ../nbs/04_train.ipynb #116288fc
+# %% ../nbs/04_train.ipynb #aad00641
 class _Steps:
     "From a batch to an update of the weights."
 
@@ -184,7 +186,7 @@ class _Steps:
         if "spec" in batch:
             return batch["spec"].to(self.device, non_blocking=True)
         if self.transform is None:
-            raise ValueError('the batch holds "wav" alone; a transform (the front end), or "spec" in the batch, would do')
+            raise ValueError('the batch holds no "spec"; a transform (the front end) that makes it of "wav" would do')
         with torch.no_grad():
             return self.transform(batch["wav"].to(self.device, non_blocking=True))
 
@@ -241,7 +243,7 @@ class _Meter:
         speed = self.clips / (time.perf_counter() - self.start)
         return {**means, "grad_norm": round(float(self.grad_norm), 4), "clips_per_s": round(speed, 1)}
 
-# %% ../nbs/04_train.ipynb #11a78511
+# %% ../nbs/04_train.ipynb #1a9e430d
 class _Records:
     "What a run writes down: rows, checkpoints, the best weights."
 
@@ -250,8 +252,8 @@ class _Records:
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"epoch": self.epoch, "step": self.step, "lr": float(f"{lr:.4g}"), **self.meter.row()}
         if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}; base_lr below {self.cfg.base_lr:g} "
-                                     "or precision='fp32' may help. What was saved before is untouched")
+            remedy = f"base_lr below {self.cfg.base_lr:g} or precision='fp32' may help"
+            raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}; {remedy}; what was saved is safe")
         scores = {k: round(float(v), 5) for k, v in score().items()}
         row |= scores
         self.history.rows.append(row)
@@ -289,6 +291,10 @@ class _Records:
                 model.save_pretrained(self.out_dir)
         return scores
 
+# %% ../nbs/04_train.ipynb #024ec3e2
+class _Resumable:
+    "Stopping and going on."
+
     def save(self, epoch: int, batch: int):
         "Write the checkpoint from which `resume` goes on at `batch` of `epoch`."
         if self.out_dir and self.accelerator.is_main_process:
@@ -298,6 +304,22 @@ class _Records:
             save_checkpoint(self.out_dir / "checkpoint.safetensors", model, self.optimizer, progress)
             self.history.to_csv(self.out_dir / "history.csv")
         self.saved_at = time.monotonic()
+
+    @classmethod
+    def resume(
+        cls,
+        out_dir: str | os.PathLike, # a run's folder
+        **options, # transform, callback, quiet, save_minutes as for Trainer; epochs to train longer
+    ) -> "Trainer": # its `fit` goes on where the run stopped
+        "A trainer that stands where a run left off."
+        path = Path(out_dir) / "checkpoint.safetensors"
+        progress = read_progress(path)
+        cfg = Config.from_dict(progress["config"])
+        self = cls(cfg.replace(epochs=options.pop("epochs", cfg.epochs)), out_dir=out_dir, **options)
+        load_checkpoint(path, self.accelerator.unwrap_model(self.model), self.optimizer)
+        self.history, self.step, self.best = History(progress["rows"]), progress["step"], progress["best"]
+        self.epoch, self.start = progress["epoch"], (progress["epoch"], progress["batch"])
+        return self
 
 # %% ../nbs/04_train.ipynb #2990fa7c
 class _Plan:
@@ -342,8 +364,8 @@ def _in_jupyter() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-# %% ../nbs/04_train.ipynb #e31d8c29
-class Trainer(_Plan, _Steps, _Records):
+# %% ../nbs/04_train.ipynb #19c042d7
+class Trainer(_Plan, _Steps, _Records, _Resumable):
     "Trains a model on batches; resumable, deterministic, parallel through Accelerate."
 
     def __init__(
@@ -351,7 +373,7 @@ class Trainer(_Plan, _Steps, _Records):
         cfg: Config,
         model: AudioMAEPlusPlus | None = None, # drawn from cfg.seed when left out
         out_dir: str | os.PathLike | None = None, # the run's folder; nothing is written when left out
-        transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrogram (B, C, time, mel), on the device
+        transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrogram (B, C, time, mel)
         callback: Callable[[dict], None] | None = None, # gets each row of the history
         quiet: bool = False, # no progress bar, no table
         save_minutes: float = 5.0, # at most this long between checkpoints
@@ -374,8 +396,8 @@ class Trainer(_Plan, _Steps, _Records):
     def fit(
         self,
         train: Iterable, # sized; batches {"wav" or "spec", "label"}; see `_Plan` for `set_epoch`
-        evaluate: Callable[[AudioMAEPlusPlus], dict] | None = None, # model → held-out scores, higher is better for best_by
-        best_by: str = "knn", # the score that chooses the checkpoint; "-error" means less is better
+        evaluate: Callable[[AudioMAEPlusPlus], dict] | None = None, # model → held-out scores
+        best_by: str = "knn", # the score that chooses the checkpoint, more is better; of "-error" less is
     ) -> History:
         "Train to the last epoch, from wherever the run stands."
         self._plan(train)
@@ -395,19 +417,3 @@ class Trainer(_Plan, _Steps, _Records):
                     self.save(epoch + 1, 0)
                 skip = 0
         return self.history
-
-    @classmethod
-    def resume(
-        cls,
-        out_dir: str | os.PathLike, # a run's folder
-        **options, # transform, callback, quiet, save_minutes as for Trainer; epochs to train longer
-    ) -> "Trainer": # its `fit` goes on where the run stopped
-        "A trainer that stands where a run left off."
-        path = Path(out_dir) / "checkpoint.safetensors"
-        progress = read_progress(path)
-        cfg = Config.from_dict(progress["config"])
-        self = cls(cfg.replace(epochs=options.pop("epochs", cfg.epochs)), out_dir=out_dir, **options)
-        load_checkpoint(path, self.accelerator.unwrap_model(self.model), self.optimizer)
-        self.history, self.step, self.best = History(progress["rows"]), progress["step"], progress["best"]
-        self.epoch, self.start = progress["epoch"], (progress["epoch"], progress["batch"])
-        return self
