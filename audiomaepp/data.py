@@ -6,9 +6,10 @@
 __all__ = ['TRAIN_NAMES', 'TEST_NAMES', 'SOUNDS', 'Skipped', 'Recordings', 'open_recordings', 'synthesize', 'split',
            'drop_unreadable', 'ClipLoader', 'make_loader', 'Augment', 'augment']
 
-# %% ../nbs/11_data.ipynb #13bb460d
+# %% ../nbs/11_data.ipynb #62f90582
 import csv
 import html
+import io
 import os
 import re
 from collections import defaultdict
@@ -23,9 +24,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, probe, resample
-from .config import Config
+from .config import Config, write_atomic
 
-# %% ../nbs/11_data.ipynb #6690063f
+# %% ../nbs/11_data.ipynb #565f3b09
 def _printable(name: str) -> str:
     "A file name whose bytes are no UTF-8, escaped so that it can be printed."
     return name.encode("utf-8", "backslashreplace").decode()
@@ -52,8 +53,9 @@ class Skipped(list):
 
     def to_csv(self, path: str | os.PathLike):
         "Write the pairs as a CSV with columns path and reason."
-        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            csv.writer(file).writerows([("path", "reason"), *self])
+        text = io.StringIO()
+        csv.writer(text).writerows([("path", "reason"), *self])
+        write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 # %% ../nbs/11_data.ipynb #34ce4cb2
 def _natural(text: str) -> list:
@@ -67,7 +69,7 @@ def _text(value) -> str | None:
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
-# %% ../nbs/11_data.ipynb #9fa75e2c
+# %% ../nbs/11_data.ipynb #9587b6fb
 class _Sounds:
     "The samples behind a table: `paths`, `sample_rate`, and `waves` with what is in memory."
 
@@ -88,12 +90,12 @@ class _Sounds:
         return float(known) if known == known else probe(self.paths[i]).seconds
 
     def crop(self, i: int, size: int, place: float = 0.0) -> torch.Tensor: # (≤ size,) float32
-        "At most `size` samples of clip `i`, from its beginning (`place` 0) to its end (1); of a file only these are read."
-        total = round(self.seconds(i) * self.sample_rate) if self.waves[i] is None else len(self.waves[i])
+        "At most `size` samples of clip `i`, from its beginning (`place` 0) to its end (1); a file is read only there."
+        wave, rate = self.waves[i], self.sample_rate
+        total = round(self.seconds(i) * rate) if wave is None else len(wave)
         first = min(int(place * (total - size + 1)), total - size) if total > size else 0
-        if self.waves[i] is not None:
-            return self.waves[i][first : first + size]
-        rate = self.sample_rate
+        if wave is not None:
+            return wave[first : first + size]
         return load_audio(self.paths[i], rate, start=first / rate, seconds=size / rate)[:size]
 
 # %% ../nbs/11_data.ipynb #88519a9c
@@ -248,12 +250,12 @@ def _folder_table(paths: list[str]):
     table["label"] = [p[0] if p else None for p in parts]
     return table
 
-# %% ../nbs/11_data.ipynb #bf3a4298
+# %% ../nbs/11_data.ipynb #160a3d5c
 _AS_TEXT = ("path", "filename", "label", "category", "split", "group", "speaker")
 
 
 def _read_table(path: Path, need: tuple[str, ...]):
-    "A CSV or Parquet file as a DataFrame. Raises `ValueError` naming the columns that are missing and those that are there."
+    "A CSV or Parquet file as a DataFrame. Raises `ValueError` naming the missing column and those that are there."
     import pandas as pd
 
     try:
@@ -306,7 +308,7 @@ def _from_names(
         raise ValueError(f"{option}={pattern!r} finds nothing in any file name, such as {os.path.basename(paths[0])!r}")
     return [match[min(1, regex.groups)] if match else None for match in found]
 
-# %% ../nbs/11_data.ipynb #12d039d4
+# %% ../nbs/11_data.ipynb #62d26a00
 def open_recordings(
     source: str | os.PathLike | Recordings, # folder, .csv or .parquet table, or "synthetic"
     sample_rate: int = 16000, # Hz that the recordings shall have
@@ -314,14 +316,15 @@ def open_recordings(
     group_from: str | None = None, # regular expression that finds the group (speaker, site, …) in a file's name
     extensions: frozenset[str] = AUDIO_EXTENSIONS, # endings that count as audio, in lower case, with the dot
 ) -> Recordings:
-    "The recordings of a folder or table. Raises `ValueError` when there are none, `FileNotFoundError` when there is no such place."
+    "The recordings of a folder or table. Raises `ValueError` if it holds none, `FileNotFoundError` if it is missing."
     if isinstance(source, Recordings):
         return source.at_rate(sample_rate)
     if source == "synthetic":
         return synthesize(sample_rate=sample_rate)
     path = Path(source).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; a folder of sounds, a .csv or .parquet table, or \"synthetic\" would do")
+        would_do = 'a folder of sounds, a .csv or .parquet table, or "synthetic" would do'
+        raise FileNotFoundError(f"there is no {path}; {would_do}")
     table, skipped = _table_of(path, frozenset(extensions))
     if table.empty:
         reason = "; ".join(f"{p} {why}" for p, why in skipped[:3])
@@ -444,7 +447,7 @@ def _sound(name: str, index: int, seconds: float, seed: int, sample_rate: int): 
     wave *= np.float32(10 ** (level / 20)) / np.abs(wave).max()
     return wave, dict(pitch=pitch, tempo=tempo, level=level, noise=-snr, onset=onset, duration=duration)
 
-# %% ../nbs/11_data.ipynb #af52602a
+# %% ../nbs/11_data.ipynb #e460cfcc
 def synthesize(
     n: int = 50, # clips of each class
     classes: int | list[str] | None = None, # how many of `SOUNDS`, or which; default: all twelve
@@ -454,12 +457,12 @@ def synthesize(
 ) -> Recordings:
     """A set of sounds that log-mel averages do not solve, made in memory.
 
-    The table holds what was drawn for each clip: pitch (Hz), tempo (per second), level (dB of full scale), noise (dB below the
-    sound), onset and duration (s).
+    The table holds what was drawn for each clip: pitch (Hz), tempo (per second), level (dB of full scale), noise (dB
+    below the sound), onset and duration (s).
     """
     import pandas as pd
 
-    names = list(SOUNDS)[: len(SOUNDS) if classes is None else classes] if not isinstance(classes, list | tuple) else classes
+    names = list(classes) if isinstance(classes, list | tuple) else list(SOUNDS)[:classes]
     unknown = [name for name in names if name not in SOUNDS]
     if unknown or not names:
         raise ValueError(f"classes={classes!r} names no known sound; there are {', '.join(SOUNDS)}")
@@ -602,7 +605,7 @@ class _Check:
         self.room -= wave.nbytes
         return (wave if self.room >= 0 else None), len(wave) / r.sample_rate
 
-# %% ../nbs/11_data.ipynb #f79fba6a
+# %% ../nbs/11_data.ipynb #70e93d4f
 def drop_unreadable(
     recordings: Recordings,
     keep: int = 2**30, # bytes of decoded audio that may stay in memory; 0 keeps none
@@ -612,17 +615,17 @@ def drop_unreadable(
     "The clips that can be decoded, with their durations in the table; `.skipped` says which cannot, and why."
     from tqdm.auto import tqdm
 
-    check, results = _Check(recordings, keep), []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(recordings), desc="decoding", disable=quiet) as bar:
-        for first in range(0, len(recordings), 4096): # not all at once, or the queue itself fills the memory
-            for result in pool.map(check, range(first, min(first + 4096, len(recordings)))):
+    check, results, n = _Check(recordings, keep), [], len(recordings)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=n, desc="decoding", disable=quiet) as bar:
+        for first in range(0, n, 4096): # not all at once, or the queue itself fills the memory
+            for result in pool.map(check, range(first, min(first + 4096, n))):
                 results.append(result)
                 bar.update()
     good = [i for i, (_, _, reason) in enumerate(results) if reason is None]
-    bad = [(recordings.paths[i], reason) for i, (_, _, reason) in enumerate(results) if reason]
+    skipped = recordings.skipped + [(recordings.paths[i], why) for i, (_, _, why) in enumerate(results) if why]
     table = recordings.table.iloc[good].assign(seconds=[results[i][1] for i in good])
     waves = [results[i][0] for i in good] if check.room >= 0 else [None] * len(good)
-    return Recordings(table, recordings.sample_rate, recordings.classes, waves, recordings.skipped + bad, recordings.source)
+    return Recordings(table, recordings.sample_rate, recordings.classes, waves, skipped, recordings.source)
 
 # %% ../nbs/11_data.ipynb #f5a12abf
 def _in_pairs(
@@ -659,7 +662,7 @@ def _plan(
     batches = [keys[i : i + size] for i in range(0, len(keys), size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < size else batches
 
-# %% ../nbs/11_data.ipynb #d0713d5c
+# %% ../nbs/11_data.ipynb #658cdbf8
 class _Clips(Dataset):
     "Clips of one size, by key."
 
@@ -669,7 +672,8 @@ class _Clips(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]): # (samples,) or None; label; row; reason or None
         epoch, row, before = key
-        where, offset = np.random.default_rng([1, self.seed, epoch, row, before]).random(2) if self.random else (0.0, 0.0)
+        rng = np.random.default_rng([1, self.seed, epoch, row, before])
+        where, offset = rng.random(2) if self.random else (0.0, 0.0)
         label = int(self.labels[row])
         try:
             wave = self.recordings.crop(row, self.size, where)
@@ -680,7 +684,7 @@ class _Clips(Dataset):
         clip[first : first + len(wave)] = wave
         return clip, label, row, None
 
-# %% ../nbs/11_data.ipynb #1cc72ada
+# %% ../nbs/11_data.ipynb #43d00599
 def _collate(
     clips: list[tuple], # what `_Clips` gives
     size: int, # samples in a clip
@@ -694,7 +698,8 @@ def _collate(
         good = [c if c[0] is not None else next((g for g in spare if g[1] == c[1]), spare[0]) for c in clips]
     waves, labels, rows, _ = zip(*good, strict=True) if good else ((), (), (), ())
     wav = torch.stack(waves) if waves else torch.zeros(0, size)
-    return {"wav": wav, "label": torch.tensor(labels, dtype=torch.int64), "index": torch.tensor(rows, dtype=torch.int64), "failed": failed}
+    labels, rows = (torch.tensor(numbers, dtype=torch.int64) for numbers in (labels, rows))
+    return {"wav": wav, "label": labels, "index": rows, "failed": failed}
 
 # %% ../nbs/11_data.ipynb #9ce770e4
 class _Schedule:
@@ -720,7 +725,7 @@ class _Schedule:
         even = self._length // self.world_size * self.world_size # every process gets as many
         return iter(self.batches(self.epoch)[start:even][self.rank :: self.world_size])
 
-# %% ../nbs/11_data.ipynb #481d7f1d
+# %% ../nbs/11_data.ipynb #0f538413
 class ClipLoader:
     "Batches of clips: dicts of wav (B, clip_samples), label (B,) with −1 for unlabelled, and index (B,), the row."
 
@@ -754,7 +759,8 @@ class ClipLoader:
     ):
         "Choose what the next pass gives."
         if not 0 <= rank < world_size <= len(self):
-            raise ValueError(f"rank={rank}, world_size={world_size} cannot share {len(self)} batches; a smaller batch_size would do")
+            which = f"rank={rank}, world_size={world_size}"
+            raise ValueError(f"{which} cannot share {len(self)} batches; a smaller batch_size would do")
         schedule = self.schedule
         schedule.epoch, schedule.start, schedule.rank, schedule.world_size = epoch, start, rank, world_size
 
@@ -770,11 +776,11 @@ class ClipLoader:
             if len(batch["index"]):
                 yield batch
 
-# %% ../nbs/11_data.ipynb #1f62e41a
+# %% ../nbs/11_data.ipynb #571c2727
 def make_loader(
     recordings: Recordings,
     cfg: Config,
-    train: bool = True, # shuffled, cropped at random, in pairs of a class when the contrastive loss is on; else as they stand
+    train: bool = True, # shuffled, cropped at random, with the contrastive loss in pairs of a class; else as they stand
     seed: int | None = None, # default: cfg.seed
 ) -> ClipLoader:
     "Batches of `cfg.batch_size` clips of `cfg.clip_samples` samples, for training or for looking at."
