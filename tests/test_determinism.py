@@ -1,0 +1,141 @@
+"""The same seed gives the same model, whatever came before, and whether or not the run was killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import audiomaepp
+from audiomaepp.audio import build_frontend
+from audiomaepp.cli import DataArgs, train_run
+from audiomaepp.config import Config
+from audiomaepp.data import augment, make_loader, synthesize
+from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.train import Trainer, read_progress
+
+
+def config(**changes):
+    small = dict(
+        embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, batch_size=8, epochs=2,
+        warmup_epochs=1, eval_every=1, mix=0.5, gain_db=6, spec_time_mask=20, spec_freq_mask=10,
+    )  # fmt: skip
+    return Config.preset("nano", **{**small, **changes})
+
+
+def assert_same(a, b):
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+def without_speed(rows):
+    return [{k: v for k, v in row.items() if k != "clips_per_s"} for row in rows]
+
+
+# ---- one seed, one model
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    out = tmp_path_factory.mktemp("first")
+    return out, train_run(config(), DataArgs(synthetic_clips=3), out, quiet=True)[1]
+
+
+def test_same_seed_same_checkpoint(first, tmp_path):
+    torch.manual_seed(99)  # whatever was drawn before
+    np.random.seed(99)  # noqa: NPY002
+    _, history = train_run(config(), DataArgs(synthetic_clips=3), tmp_path, quiet=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == (first[0] / "model.safetensors").read_bytes()
+    assert_same(tmp_path / "checkpoint.safetensors", first[0] / "checkpoint.safetensors")
+    assert without_speed(history.rows) == without_speed(first[1].rows)
+
+
+def test_another_seed_another_model(first, tmp_path):
+    train_run(config(seed=1), DataArgs(synthetic_clips=3), tmp_path, quiet=True)
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(first[0] / "model.safetensors")
+    assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("weight"))
+
+
+def test_evaluating_more_often_does_not_change_the_training(first, tmp_path):
+    _, history = train_run(config(eval_every=0), DataArgs(synthetic_clips=3), tmp_path, quiet=True)
+    assert_same(tmp_path / "checkpoint.safetensors", first[0] / "checkpoint.safetensors")
+
+
+# ---- one clip, one embedding
+
+
+@pytest.mark.parametrize("frontend", ["logmel", "fbank"])
+def test_a_clip_has_one_embedding_in_any_company(frontend):
+    torch.manual_seed(0)
+    model = AudioMAEPlusPlus(config(frontend=frontend))
+    seconds = [0.06, 0.5, 2.0, 2.00001, 3.3, 1 / 16000, 7.9, 2.0]
+    clips = [0.1 * torch.randn(max(1, round(16000 * s))) * 10 ** (i - 4) for i, s in enumerate(seconds)]
+    alone = np.stack([EmbeddingGenerator(model).extract_embedding(clip) for clip in clips])
+    assert np.isfinite(alone).all() and np.abs(alone[:, None] - alone).max(-1)[~np.eye(8, dtype=bool)].min() > 1e-3
+    for batch_size in (1, 3, 32):
+        generator = EmbeddingGenerator(model.train(), batch_size=batch_size)  # a model that trains still embeds alike
+        for order in (range(8), range(7, -1, -1), [4, 4, 0, 6, 4]):
+            together = generator.extract_embedding([clips[i] for i in order])
+            np.testing.assert_allclose(together, alone[list(order)], atol=1e-5, rtol=0)
+
+
+# ---- killed, and resumed
+
+
+def parts(seed=0):
+    recordings, cfg = synthesize(n=3, classes=6), config(epochs=6, eval_every=3, seed=seed)
+    return cfg, make_loader(recordings, cfg), augment(cfg, build_frontend(cfg))
+
+
+def slowly(row):
+    time.sleep(0.05)
+
+
+def run_to_be_killed(out):
+    torch.set_num_threads(1)
+    cfg, loader, transform = parts()
+    Trainer(cfg, out_dir=out, transform=transform, quiet=True, save_minutes=0, callback=slowly).fit(loader)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        env = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen([sys.executable, __file__, str(tmp_path / "killed")], env=env)
+        checkpoint, began = tmp_path / "killed" / "checkpoint.safetensors", time.monotonic()
+        while not checkpoint.exists() or read_progress(checkpoint)["step"] < 4:
+            assert process.poll() is None and time.monotonic() - began < 90, "it did not get as far as step 4"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+
+        cfg, loader, transform = parts()
+        whole = Trainer(cfg, out_dir=tmp_path / "whole", transform=transform, quiet=True, save_minutes=0)
+        whole.fit(loader)
+        total, reached = whole.step, read_progress(checkpoint)["step"]
+        assert 4 <= reached < total
+        torch.manual_seed(99)
+        resumed = Trainer.resume(tmp_path / "killed", transform=transform, quiet=True, save_minutes=0)
+        assert resumed.step == reached
+        resumed.fit(make_loader(synthesize(n=3, classes=6), cfg))
+        for name in ("checkpoint.safetensors", "model.safetensors"):
+            assert_same(tmp_path / "killed" / name, tmp_path / "whole" / name)
+        assert without_speed(resumed.history.rows) == without_speed(whole.history.rows)
+        left = [p.name for p in (tmp_path / "killed").iterdir() if not p.name.startswith(".")]
+        assert sorted(left) == ["checkpoint.safetensors", "config.json", "history.csv", "model.safetensors"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    run_to_be_killed(sys.argv[1])

@@ -1,0 +1,49 @@
+"""Training learns: the reconstruction gets better, on clips it never saw as well, and every loss is written down."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from audiomaepp.cli import DataArgs, train_run
+from audiomaepp.config import Config
+from audiomaepp.train import Trainer
+
+ALWAYS = {"epoch", "step", "lr", "loss", "reconstruction", "grad_norm", "clips_per_s"}
+
+
+@pytest.mark.parametrize("contrastive", [False, True])
+@pytest.mark.parametrize("uniformity", [False, True])
+def test_two_epochs(tmp_path, contrastive, uniformity):
+    cfg = Config.preset(
+        "nano", depth=1, epochs=2, warmup_epochs=0.5, batch_size=12, base_lr=2e-2, eval_every=1,
+        use_contrastive_loss=contrastive, use_uniformity_loss=uniformity,
+    )  # fmt: skip
+    model, history = train_run(cfg, DataArgs(synthetic_clips=6), tmp_path, quiet=True)
+    assert len(history) == 2 and history["epoch"] == [1, 2]
+    before, after = history["reconstruction"]
+    assert after < 0.9 * before, "the reconstruction does not get better"
+    before, after = history["heldout_reconstruction"]
+    assert after < before, "what was learned does not carry over to held-out clips"
+
+    extra = {name for name, on in (("contrastive", contrastive), ("uniformity", uniformity)) if on}
+    assert set(history.columns) == ALWAYS | extra | {"heldout_reconstruction", "rankme", "knn"}
+    weights = {"contrastive": cfg.contrastive_weight, "uniformity": cfg.uniformity_weight}
+    for row in history.rows:
+        assert all(np.isfinite(value) for value in row.values())
+        parts = row["reconstruction"] + sum(weights[name] * row[name] for name in extra)
+        assert row["loss"] == pytest.approx(parts, abs=1e-4)
+    if uniformity:
+        assert -4.5 < history["uniformity"][1] < history["uniformity"][0] < 0
+    with open(tmp_path / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items()} for row in rows] == history.rows
+
+
+def test_a_checkpoint_within_the_first_epoch_finds_its_folder(tmp_path):
+    "An epoch may last for hours: the first checkpoint comes before the first evaluation."
+    cfg = Config.preset("nano", depth=1, epochs=1, warmup_epochs=0)
+    batches = [{"spec": torch.randn(4, 1, 200, 80)}] * 2
+    Trainer(cfg, out_dir=tmp_path / "new" / "run", quiet=True, save_minutes=0).fit(batches)
+    assert (tmp_path / "new" / "run" / "checkpoint.safetensors").is_file()
