@@ -1,0 +1,201 @@
+"""Two processes train as one does: the same parameters on both, the losses over the clips of both.
+
+This file is a test and, under torchrun, the program that it tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import audiomaepp
+from audiomaepp.config import Config
+from audiomaepp.model import AudioMAEPlusPlus, cpu_state, split_by_noise
+from audiomaepp.train import Trainer
+
+STEPS, HALF = 6, 4  # optimiser steps; clips in a process's batch
+
+
+def config(batch_size, **changes):
+    small = dict(
+        img_size=(48, 80), embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, epochs=3,
+        warmup_epochs=0, base_lr=0.05, contrastive_weight=1.0, uniformity_weight=1.0, precision="fp32",
+    )  # fmt: skip
+    return Config.preset("nano", **{**small, **changes}, batch_size=batch_size)
+
+
+def batches(size, labels=True):
+    "Two steps' worth of clips in batches of `size`; classes have a clip in either half."
+    generator = torch.Generator().manual_seed(5)
+    spec = torch.randn(4 * HALF, 1, 48, 80, generator=generator)
+    label = torch.tensor([0, 1, 2, 3] * 4)
+    parts = [dict(spec=s, label=n) for s, n in zip(spec.split(size), label.split(size), strict=True)]
+    return parts if labels else [{"spec": part["spec"]} for part in parts]
+
+
+class MaskedByContent(AudioMAEPlusPlus):
+    "Hides patches by what is in them, so that a clip has one mask in whatever process it lands."
+
+    def forward(self, spec, labels=None, mask=None):
+        _, mask = split_by_noise(self.patchify(spec).sum(-1), self.cfg.num_visible)
+        return super().forward(spec, labels, mask)
+
+
+def train(cfg, data, model=AudioMAEPlusPlus, **options):
+    "Train, and return the trainer, the losses of each step, and the masks."
+    torch.manual_seed(cfg.seed)
+    losses, masks = [], []
+    trainer = Trainer(cfg, model=model(cfg), quiet=True, **options)
+
+    def note(module, args, out):
+        losses.append({name: value.item() for name, value in {"loss": out.loss, **out.losses}.items()})
+        masks.append(out.mask)
+
+    trainer.accelerator.unwrap_model(trainer.model).register_forward_hook(note)
+    trainer.fit(data)
+    return trainer, losses, torch.stack(masks)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(steps):
+    def callback(row):
+        if row["step"] == steps:
+            raise Stop
+
+    return callback
+
+
+def as_one_of_two(out):
+    "What each process does under torchrun: train in several ways and write down what came out."
+    cfg, rank = config(HALF), int(os.environ["RANK"])
+    found = {}
+
+    def keep(name, trainer, losses, masks):
+        save_file(cpu_state(trainer.accelerator.unwrap_model(trainer.model)), out / f"{name}_{rank}.safetensors")
+        found[name] = dict(losses=losses, masks=masks.flatten(1).tolist())
+
+    keep("given masks", *train(cfg, batches(HALF), MaskedByContent))
+    keep("labels", *train(cfg, batches(HALF), out_dir=out / "whole", save_minutes=0))
+    keep("views", *train(cfg, batches(HALF, labels=False)))
+    keep("off", *train(cfg.replace(use_contrastive_loss=False, use_uniformity_loss=False), batches(HALF)))
+
+    (out / "stopped").mkdir(exist_ok=True)
+    try:
+        train(cfg, batches(HALF), out_dir=out / "stopped", save_minutes=0, callback=stop_after(4))
+    except Stop:
+        pass
+    dist.barrier()
+    resumed = Trainer.resume(out / "stopped", quiet=True, save_minutes=1e9)
+    found["resumed at"] = resumed.step
+    resumed.fit(batches(HALF))
+    keep("resumed", resumed, [], torch.zeros(1, 1))
+    (out / f"found_{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def torchrun(program, *args):
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1",
+        "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]),
+    }  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, program, *map(str, args)], env=env, capture_output=True, text=True, check=False, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "What both processes found: (losses and masks by name, folder)."
+    out = tmp_path_factory.mktemp("two")
+    torchrun(__file__, out)
+    return [json.loads((out / f"found_{rank}.json").read_text()) for rank in (0, 1)], out
+
+
+NAMES = ["given masks", "labels", "views", "off", "resumed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_processes_end_with_the_same_parameters(two, name):
+    a, b = (load_file(two[1] / f"{name}_{rank}.safetensors") for rank in (0, 1))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    torch.manual_seed(0)
+    start = AudioMAEPlusPlus(config(HALF)).state_dict()
+    assert all(a[key].isfinite().all() and not torch.equal(a[key], start[key]) for key in a)
+
+
+def test_half_batches_in_two_processes_are_whole_batches_in_one(two):
+    """With the same masks, every loss of every step, and the parameters at the end.
+
+    Not bit for bit: two means of four are added up in another order than one of eight.
+    """
+    trainer, alone, masks = train(config(2 * HALF), batches(2 * HALF), MaskedByContent)
+    both = [rank["given masks"]["losses"] for rank in two[0]]
+    assert len(alone) == len(both[0]) == len(both[1]) == STEPS
+    for step, one, first, second in zip(range(STEPS), alone, *both, strict=True):
+        for name in ("contrastive", "uniformity"):  # over the clips of both, so the same on both
+            assert first[name] == pytest.approx(one[name], rel=1e-4), (step, name)
+            assert second[name] == pytest.approx(first[name], rel=1e-6), (step, name)
+        assert first["reconstruction"] != second["reconstruction"]  # of a process's own clips
+        for name in ("reconstruction", "loss"):
+            assert (first[name] + second[name]) / 2 == pytest.approx(one[name], rel=1e-4), (step, name)
+    theirs = load_file(two[1] / "given masks_0.safetensors")
+    torch.manual_seed(0)
+    start = MaskedByContent(trainer.cfg).state_dict()
+    for name, ours in trainer.model.state_dict().items():
+        moved = (ours - start[name]).norm()
+        assert (theirs[name] - ours).norm() < 0.05 * moved, name  # AdamW makes much of little gradients
+
+
+def test_each_process_draws_its_own_masks(two):
+    for name in ("labels", "views", "off"):
+        first, second = (torch.tensor(rank[name]["masks"]) for rank in two[0])
+        assert len(first) == STEPS and not any(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
+
+
+def test_views_are_paired_across_processes(two):
+    first, second = (rank["views"]["losses"] for rank in two[0])
+    for a, b in zip(first, second, strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-6) and a["contrastive"] > 0
+
+
+def test_a_resumed_run_of_two_goes_on_as_it_would_have(two):
+    assert [rank["resumed at"] for rank in two[0]] == [3, 3]  # saved in the middle of an epoch
+    whole, resumed = (load_file(two[1] / f"{name}_0.safetensors") for name in ("labels", "resumed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_the_command_under_two_processes(tmp_path):
+    "The real pipeline: files' worth of sounds, balanced batches, held-out scores, one run folder, one voice."
+    entry = tmp_path / "command.py"
+    entry.write_text("import sys\nfrom audiomaepp.cli import main\nif __name__ == '__main__':\n    main()\n")
+    flags = """--synthetic-clips 4 --epochs 2 --warmup-epochs 0 --batch-size 8 --embed-dim 32 --depth 1 --num-heads 2
+        --decoder-embed-dim 32 --decoder-num-heads 2 --precision fp32 --eval-every 1""".split()
+    run = tmp_path / "run"
+    said = torchrun(str(entry), "train", "--out", run, *flags)
+    for name in ("config.json", "model.safetensors", "checkpoint.safetensors", "history.csv", "data.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert not list(run.glob(".*")), "a temporary file was left behind"
+    assert len((run / "history.csv").read_text().splitlines()) == 3
+    assert said.count("The run is in") == 1, said
+    from audiomaepp.cli import evaluate_run
+
+    assert "chance" in str(evaluate_run(run, quiet=True).report)
+
+
+if __name__ == "__main__":
+    as_one_of_two(Path(sys.argv[1]))
