@@ -136,13 +136,14 @@ class Validation:
                 errors.append(model(spec, labels).losses["reconstruction"].item())
         return torch.cat(rows).numpy(), errors
 
-# %% ../nbs/40_cli.ipynb #e62892b1
+# %% ../nbs/40_cli.ipynb #de61186d
 def train_run(
     cfg: Config,
     data: DataArgs,
     out: str | os.PathLike, # the run's folder
     resume: bool = False, # go on where the run in `out` stopped
     quiet: bool = False, # no progress
+    opened: tuple[Recordings, Recordings, str] | None = None, # what `data.open` gave, if that was done already
 ) -> tuple[AudioMAEPlusPlus, History]: # the best model, what was measured
     "Train on a data set and leave a run's folder: data.json, config.json, model, checkpoint, history.csv."
     out = Path(out)
@@ -153,18 +154,20 @@ def train_run(
         raise ValueError(f"{out} already holds a run; --resume goes on with it, another --out starts anew")
     else:
         trainer = Trainer(cfg, out_dir=out, quiet=quiet)
-    train, test, protocol = data.open(cfg, quiet)
+    leader = trainer.accelerator.is_main_process
+    train, test, protocol = opened or data.open(cfg, quiet or not leader)
     fitted, held = _without_validation(train, cfg.seed)
-    if not resume:
+    if leader and not resume:
         out.mkdir(parents=True, exist_ok=True)
         cfg.save(out / "config.json")
         data.save(out / "data.json", protocol, train, test)
-    if not quiet:
+    if leader and not quiet:
         print(*_skipped_lines(train.skipped), protocol, sep="\n")
         print(f"of the training part, {len(fitted)} to fit the weights and {len(held)} to choose the checkpoint")
     trainer.transform = augment(cfg, build_frontend(cfg)).to(trainer.device)
     validation = Validation(fitted, held, cfg)
     history = trainer.fit(make_loader(fitted, cfg), validation, validation.best_by)
+    trainer.accelerator.wait_for_everyone()
     return AudioMAEPlusPlus.from_pretrained(out, trainer.device), history
 
 
@@ -289,7 +292,7 @@ def draw_reconstructions(
         figure.savefig(paths[-1], dpi=110)
     return paths
 
-# %% ../nbs/40_cli.ipynb #b3fde8d6
+# %% ../nbs/40_cli.ipynb #58afdf38
 def _print_result(evaluation: Evaluation, paths: list[Path]):
     "The end of a run, for a terminal."
     print(f"\n{evaluation.report}\n")
@@ -303,15 +306,17 @@ class Demo:
 
     data: str = "synthetic" # your own folder or table instead of the built-in sounds
     out: str = "runs/demo" # the run's folder; what an earlier demo left there is replaced
-    quick: bool = False # a minute's look: fewer clips, two epochs
+    quick: bool = False # a minute's look: few clips, a few steps
 
     def run(self):
         started, out = time.monotonic(), Path(self.out)
         if (out / "data.json").exists():
             shutil.rmtree(out)
-        quick = dict(epochs=2, warmup_epochs=1.0) if self.quick else {}
-        data = DataArgs(data=self.data, synthetic_clips=10 if self.quick else 50)
-        train_run(Config.preset("nano", **quick), data, out)
+        data = DataArgs(data=self.data, synthetic_clips=10 if self.quick else 40)
+        opened = data.open(Config.preset("nano"))
+        clips = 200 if self.quick else 15_000  # to train on, in all: what two cores do in two to three minutes
+        epochs = max(1, min(60, round(clips / len(opened[0]))))
+        train_run(Config.preset("nano", epochs=epochs, warmup_epochs=0.1 * epochs), data, out, opened=opened)
         evaluation = evaluate_run(out)
         _print_result(evaluation, draw_run(out, evaluation))
         print(f"\nDone in {time.monotonic() - started:.0f} s. Next: audiomaepp train --help")

@@ -390,7 +390,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #dda4257e
+# %% ../nbs/00_config.ipynb #3bef2638
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -402,8 +402,8 @@ _SIZES = {
 _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss=False, batch_size=1024, epochs=110)
 PRESETS = {
     "nano": dict(
-        _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, epochs=60, batch_size=48, base_lr=4e-3,
-        warmup_epochs=6,
+        _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, patch_size=(8, 16), mask_ratio=0.5,
+        contrastive_weight=0.5, epochs=60, batch_size=48, base_lr=4e-3, warmup_epochs=6,
     ),
     **_SIZES,
     **{f"official_{name}": {**size, **_OFFICIAL} for name, size in _SIZES.items()},

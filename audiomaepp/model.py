@@ -112,7 +112,7 @@ def split_by_noise(
     mask = torch.ones_like(noise).scatter_(1, ids_keep, 0)
     return ids_keep, mask
 
-# %% ../nbs/02_model.ipynb #5b91fbd0
+# %% ../nbs/02_model.ipynb #f9e4b0ca
 def ids_of_mask(
     mask: Tensor, # (B, N) or (N,), 1 = masked
     batch: int, # clips
@@ -124,8 +124,8 @@ def ids_of_mask(
     mask = mask.expand(batch, -1).float()
     visible = (mask == 0).sum(1)
     if not ((mask == 0) | (mask == 1)).all() or (visible != visible[0]).any() or not 0 < visible[0] < num_patches:
-        raise ValueError(f"mask leaves {visible.tolist()} patches visible; zeros (visible) and ones (masked), the same number "
-                         f"visible in each clip, from 1 to {num_patches - 1}, would do")
+        raise ValueError(f"mask leaves {visible.tolist()} patches visible; zeros (visible) and ones (masked), with the "
+                         f"same number visible in each clip, from 1 to {num_patches - 1}, would do")
     return (mask == 0).nonzero()[:, 1].reshape(batch, -1), mask
 
 # %% ../nbs/02_model.ipynb #a1c558c4
