@@ -27,7 +27,7 @@ def command(*args, **kwargs):
     env = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1])}
     return subprocess.run(
         [sys.executable, "-c", "from audiomaepp.cli import main; main()", *map(str, args)],
-        env=env, capture_output=True, text=True, check=False, timeout=120, **kwargs,
+        env=env, capture_output=True, text=True, check=False, timeout=400, **kwargs,
     )  # fmt: skip
 
 
