@@ -4,13 +4,17 @@
     python docs/build.py readme    nbs/index.ipynb → README.md
 """
 
+import ast
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from base64 import b64decode
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -28,16 +32,91 @@ def block(text, lang="text"):
     return f"{fence}{lang}\n{text.rstrip()}\n{fence}"
 
 
-def documented(text):
-    """What show_doc says, as a box whose heading has the anchor that nbdev's links point to."""
+def own_classes(cls):
+    """A class and those of its bases that are of the same package."""
+    package = cls.__module__.partition(".")[0]
+    return [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
+
+
+def table(head, rows, title=""):
+    """A Markdown table below its title, or nothing where there are no rows."""
+    lines = [head, re.sub(r"[^|]+", "---", head), *rows] if rows else []
+    return "\n".join([f"**{title}**\n"] * bool(rows and title) + lines)
+
+
+def default_of(node):
+    """The default of a field as its author would write it in a call."""
+    made = next((k.value for k in getattr(node, "keywords", []) if k.arg == "default_factory"), None)
+    if made is None:
+        return ast.unparse(node)
+    return ast.unparse(made.body) if isinstance(made, ast.Lambda) else f"{ast.unparse(made)}()"
+
+
+def fields(cls):
+    """The fields of a dataclass or named tuple with their comments, a table for each class that brings some."""
+    tables = []
+    for base in reversed(own_classes(cls)):
+        source = textwrap.dedent(inspect.getsource(base)).encode()  # ast counts columns in bytes
+        rows = []
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                comment = source.splitlines()[node.end_lineno - 1][node.end_col_offset :].decode().strip(" #")
+                comment = re.sub(r"\}$", "}&#8203;", comment)  # or it would be taken for attributes of the cell
+                default = f"`{default_of(node.value)}`" if node.value else ""
+                rows.append(f"| `{node.target.id}` | `{ast.unparse(node.annotation)}` | {default} | {comment} |")
+        title = "" if base is cls else inspect.getdoc(base).rstrip(".")
+        tables.append(table("| field | type | default |   |", rows, title))
+    return tables
+
+
+def methods(cls):
+    """The public methods and properties of a class, with what their docstrings say first."""
+    rows = {}
+    for name, member in ((name, member) for base in own_classes(cls) for name, member in vars(base).items()):
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        doc = " ".join((getattr(function, "__doc__", None) or "").split("\n\n")[0].split()).replace("|", "\\|")
+        if name.startswith("_") or not inspect.isfunction(function) or not doc or name in rows:
+            continue
+        given = [str(p.replace(annotation=p.empty)) for p in inspect.signature(function).parameters.values()]
+        given = given[not isinstance(member, staticmethod) :]
+        call = name if isinstance(member, property) else f"{name}({', '.join(given)})"
+        call = re.sub(r"<class '(\w+)'>", r"\1", call)
+        rows[name] = f"| `{call}` | {doc} |"
+    return [table("| member |   |", rows.values())]
+
+
+def signature(code):
+    """A signature of nbdev's with one parameter a line, spaced as PEP 8 has it, names without their modules."""
+    lines = []
+    for line in code.split("\n"):
+        if not line.startswith("    "):
+            lines.append(line.replace(")->", ") -> "))
+            continue
+        given, hash_, comment = line.partition(" # ")
+        for parameter in re.split(r", (?=\w+:)|(?<=\*), ", given.strip().rstrip(",")):
+            parameter = re.sub(r"^(\w+):NoneType=", r"\1=", parameter)  # not annotated
+            parameter = re.sub(r"^(\w+):(?=\S)([^=]*[^= ])=?", r"\1: \2 = ", parameter).removesuffix(" = ")
+            lines.append(f"    {parameter},")
+        lines[-1] += hash_ + comment
+    text = re.sub(rf"\b(__main__|collections\.abc|{get_config().lib_path.name}\.\w+)\.(?=[A-Z])", "", "\n".join(lines))
+    text = re.sub(r"\btorch\.nn\.modules\.\w+\.", "nn.", text)
+    return re.sub(r"frozenset\(\{.*\}\)", "frozenset({…})", text)  # a set has no order to show
+
+
+def documented(text, shown=None):
+    """What show_doc says of `shown`, as a box whose heading has the anchor that nbdev's links point to."""
     text = re.sub(r"^---\n", "", text)
     if not get_config().git_url:
         text = re.sub(r"^\[source\]\(.*\)\{.*\}$", "", text, flags=re.M)
     text = re.sub(r"^(#+) (\S+)$", lambda m: f"{m[1]} `{m[2]}` {{ #{m[2].lower()} }}", text, count=1, flags=re.M)
-    if not re.search(r"^    [^#\n]*, \w+:", text, re.M):  # one parameter a line: spaces as PEP 8 has them
-        text = re.sub(r"^(    \w+):(?=\S)([^=#\n]*[^=# \n])", r"\1: \2", text, flags=re.M)
-        text = re.sub(r"^(    \w+: [^=#\n]+)=", r"\1 = ", text, flags=re.M)
-    text = text.replace("\n)->", "\n) -> ")
+    text = re.sub(r"(?<=^```python\n).*?(?=^```$)", lambda m: signature(m[0]), text, count=1, flags=re.M | re.S)
+    if inspect.isclass(shown):
+        told = hasattr(shown, "__dataclass_fields__") or hasattr(shown, "_fields")
+        if told or "*args, **kwargs" in text:
+            text = re.sub(r"^```python\n.*?^```\n", "", text, count=1, flags=re.M | re.S)
+        text = re.sub(r"^def (.*?^\)).*?:$", r"class \1", text, count=1, flags=re.M | re.S)
+        tables = "\n\n".join([*(fields(shown) if told else []), *methods(shown)])
+        text = f'{text}\n\n<div class="members" markdown>\n\n{tables}\n\n</div>'
     return f'<div class="doc" markdown>\n\n{text.strip()}\n\n</div>'
 
 
@@ -49,7 +128,7 @@ def output(out, picture):
         return block(f"{out['ename']}: {out['evalue']}")
     data = {kind: "".join(value) if isinstance(value, list) else value for kind, value in out["data"].items()}
     if "text/html" in data:
-        return re.sub(r"\n\s*\n", "\n", data["text/html"])
+        return re.sub(r"\n\s*", "\n", data["text/html"].strip())
     if "image/png" in data:
         return picture(b64decode(data["image/png"]), ".png")
     if "image/svg+xml" in data:
@@ -57,8 +136,19 @@ def output(out, picture):
     return data.get("text/markdown") or block(data.get("text/plain", ""))
 
 
-def page(nb, picture):
-    """A notebook as Markdown: prose, what the reader should see of the code, what came out."""
+def joined(outs):
+    """The outputs of a cell, what was printed in several goes in one."""
+    whole = []
+    for out in outs:
+        if whole and out["output_type"] == whole[-1]["output_type"] == "stream" and out["name"] == whole[-1]["name"]:
+            whole[-1] = {**whole[-1], "text": [*whole[-1]["text"], *out["text"]]}
+        else:
+            whole.append(out)
+    return whole
+
+
+def page(nb, picture, module=None):
+    """A notebook as Markdown: prose, what the reader should see of the code of `module`, what came out."""
     parts = []
     for cell in nb.cells:
         source = cell.get("source") or ""
@@ -71,15 +161,17 @@ def page(nb, picture):
         elif cell.cell_type == "markdown" and not source.startswith("<!-- WARNING"):
             parts.append(source)
         elif cell.cell_type == "code" and code and not {"hide", "default_exp"} & directives.keys():
-            outs = [o for o in cell.get("outputs", []) if directives.get("output") != "false"]
-            if code.startswith("show_doc("):
-                parts += [documented(o["data"]["text/markdown"]) for o in outs if "text/markdown" in o.get("data", {})]
+            outs = joined(cell.get("outputs", [])) if directives.get("output") != "false" else []
+            if shown := re.match(r"show_doc\((\w+)\)", code):
+                texts = [o["data"]["text/markdown"] for o in outs if "text/markdown" in o.get("data", {})]
+                parts += [documented(text, getattr(module, shown[1], None)) for text in texts]
                 continue
             if directives.get("echo") != "false":
                 parts.append(block(code, "python"))
             shown = [text for o in outs if (text := output(o, picture)).strip()]
-            if shown:
-                parts.append('<div class="output" markdown>\n\n' + "\n\n".join(shown) + "\n\n</div>")
+            for text in shown:  # without `markdown` HTML stays as it is
+                marked, gap = ("", "\n") if text.startswith("<") else (" markdown", "\n\n")
+                parts.append(gap.join([f'<div class="output"{marked}>', text, "</div>"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -89,13 +181,20 @@ def mathml(text):
 
     def draw(m):
         markup = convert(m[1] or m[2], display="block" if m[1] else "inline")
-        return re.sub(r"[*_\\`]", lambda c: f"&#{ord(c[0])};", markup)  # nothing in it is Markdown
+        markup = re.sub(r"[*_\\`]", lambda c: f"&#{ord(c[0])};", markup)  # nothing in it is Markdown
+        return markup if m[1] else f"<span>{markup}</span>"  # at the start of a line a bare tag would end the paragraph
 
     code = r"(^(?P<fence>`{3,}).*?^(?P=fence)$|`[^`\n]+`)"
     formula = r"\$\$(.+?)\$\$|(?<![\\\w$])\$(?=\S)([^$]+?)(?<=\S)\$(?!\w)"
     parts = re.split(code, text, flags=re.M | re.S)
     prose = [re.sub(formula, draw, part, flags=re.S) for part in parts[::3]]
     return "".join(a + b for a, b in zip(prose, [*parts[1::3], ""], strict=True))
+
+
+def module_of(to):
+    """The module that a page is about, None for one without."""
+    package = get_config().lib_path.name
+    return import_module(f"{package}.{to.stem}") if (get_config().lib_path / f"{to.stem}.py").exists() else None
 
 
 def write_pages(processed, docs):
@@ -112,7 +211,7 @@ def write_pages(processed, docs):
             pictures[-1].write_bytes(data)
             return f"![]({pictures[-1].name})"
 
-        texts[to] = mathml(page(read_nb(book), picture))
+        texts[to] = mathml(page(read_nb(book), picture, module_of(to)))
     for name in PAGES:
         texts[Path(name)] = (ROOT / name).read_text(encoding="utf-8")
     known = {to.with_suffix(suffix).name: to for to in texts for suffix in (".html", ".md")}
