@@ -184,19 +184,20 @@ def _summary(recordings: Recordings) -> str:
         parts.append(f"{len(recordings.skipped)} left out")
     return ", ".join(parts)
 
-# %% ../nbs/11_data.ipynb #3ef98100
+# %% ../nbs/11_data.ipynb #42d7a480
 def _html_card(recordings: Recordings, most: int = 24) -> str:
     "The summary, and a bar for each class; at most `most` of them."
     counts = np.bincount(recordings.labels + 1, minlength=len(recordings.classes) + 1)
     named = [(name, n) for name, n in zip(["(no label)", *recordings.classes], counts, strict=True) if n]
     bars = "".join(
-        f"<div style='width:13em;display:flex;gap:.5em'><span style='flex:1;overflow:hidden'>{html.escape(name)}</span>"
+        f"<div style='display:flex;gap:.5em;white-space:nowrap'>"
+        f"<span style='flex:1;overflow:hidden'>{html.escape(name)}</span>"
         f"<span style='width:4em'><span style='display:inline-block;height:.6em;width:{4 * n / max(counts):.2f}em;"
         f"background:#4c8eda'></span></span><span style='width:2.5em'>{n}</span></div>"
         for name, n in named[:most]
     )
     more = f"<small>and {len(named) - most} more classes</small>" if len(named) > most else ""
-    flow = "display:flex;flex-wrap:wrap;gap:.1em 1.5em;font-size:90%;max-width:46em"
+    flow = "display:grid;grid-template-columns:repeat(auto-fill,16em);gap:.1em 1.5em;font-size:90%;max-width:54em"
     title = f"<b>{html.escape(recordings.source or 'recordings')}</b> · {html.escape(_summary(recordings))}"
     return f"<div>{title}<div style='{flow}'>{bars}</div>{more}</div>"
 
