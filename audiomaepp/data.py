@@ -389,7 +389,7 @@ def _decay(t, duration, tempo, rng, direction):
     "Loudness falls `tempo` e-folds a second, or the same backwards."
     return np.zeros_like(t), np.exp(-tempo * (t if direction > 0 else duration - t))
 
-# %% ../nbs/11_data.ipynb #00fcf64b
+# %% ../nbs/11_data.ipynb #029e7be5
 SOUNDS = {
     "rising glide": (_glide, 1, (0.4, 1.0)),
     "falling glide": (_glide, -1, (0.4, 1.0)),
