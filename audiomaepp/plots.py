@@ -210,7 +210,7 @@ def plot_maps(
     _furnish(fig, axes[:len(panels)], handles, scale, _claim(title, held_out), caption, legend)
     return fig
 
-# %% ../nbs/22_plots.ipynb #ed36de1d
+# %% ../nbs/22_plots.ipynb #7a81da22
 def _short(
     value: float | str, # a score, or a word
 ) -> str:
@@ -237,7 +237,7 @@ def _wrapped(
     "Return the text with every line broken where the figure ends."
     return "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, max(20, int(width * per_inch))))
 
-
+# %% ../nbs/22_plots.ipynb #f6f95a8e
 def _furnish(
     fig, # the figure; it grows by what stands below the panels
     axes, # its panels
