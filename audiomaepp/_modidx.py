@@ -59,6 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'audiomaepp.cli.Map': ('cli.html#map', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.Map.run': ('cli.html#map.run', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.Train': ('cli.html#train', 'audiomaepp/cli.py'),
+                                'audiomaepp.cli.Train.config_to_resume': ('cli.html#train.config_to_resume', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.Train.run': ('cli.html#train.run', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.Validation': ('cli.html#validation', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.Validation.__call__': ('cli.html#validation.__call__', 'audiomaepp/cli.py'),

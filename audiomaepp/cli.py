@@ -7,7 +7,7 @@ __all__ = ['DataArgs', 'validation_rows', 'probe_loader', 'Validation', 'train_r
            'evaluate_run', 'draw_run', 'draw_reconstructions', 'Demo', 'Train', 'Evaluate', 'Map', 'Embed', 'Doctor',
            'parse', 'main']
 
-# %% ../nbs/40_cli.ipynb #8db5db6c
+# %% ../nbs/40_cli.ipynb #2d2bd033
 import dataclasses
 import importlib.metadata
 import json
@@ -32,7 +32,7 @@ from .embed import EmbeddingGenerator
 from .evaluate import Report, knn_accuracy, logmel_statistics, make_report
 from .losses import rankme
 from .model import AudioMAEPlusPlus
-from .train import History, Trainer
+from .train import History, Trainer, read_progress
 
 # %% ../nbs/40_cli.ipynb #1287a7e0
 @dataclass(frozen=True)
@@ -136,19 +136,19 @@ class Validation:
                 errors.append(model(spec, labels).losses["reconstruction"].item())
         return torch.cat(rows).numpy(), errors
 
-# %% ../nbs/40_cli.ipynb #de61186d
+# %% ../nbs/40_cli.ipynb #309b74c0
 def train_run(
     cfg: Config,
     data: DataArgs,
     out: str | os.PathLike, # the run's folder
-    resume: bool = False, # go on where the run in `out` stopped
+    resume: bool = False, # go on where the run in `out` stopped, with its data and settings, to `cfg.epochs`
     quiet: bool = False, # no progress
     opened: tuple[Recordings, Recordings, str] | None = None, # what `data.open` gave, if that was done already
 ) -> tuple[AudioMAEPlusPlus, History]: # the best model, what was measured
     "Train on a data set and leave a run's folder: data.json, config.json, model, checkpoint, history.csv."
     out = Path(out)
     if resume:
-        trainer = Trainer.resume(out, quiet=quiet)
+        trainer = Trainer.resume(out, quiet=quiet, epochs=cfg.epochs)
         cfg, data = trainer.cfg, DataArgs.load(out / "data.json")
     elif (out / "checkpoint.safetensors").exists():
         raise ValueError(f"{out} already holds a run; --resume goes on with it, another --out starts anew")
@@ -321,7 +321,7 @@ class Demo:
         _print_result(evaluation, draw_run(out, evaluation))
         print(f"\nDone in {time.monotonic() - started:.0f} s. Next: audiomaepp train --help")
 
-# %% ../nbs/40_cli.ipynb #8024832d
+# %% ../nbs/40_cli.ipynb #2119909e
 @dataclass
 class Train:
     "Train a model. Every setting is a flag; --preset sets many at once."
@@ -333,15 +333,29 @@ class Train:
     resume: bool = False # go on where the run in --out stopped
 
     def run(self):
-        if self.resume and not self.out:
-            raise ValueError("--resume needs --out, the folder of the run to go on with")
+        if not self.out and (self.resume or "WORLD_SIZE" in os.environ):
+            raise ValueError("out='' names no folder; with --resume, or on several processes, --out runs/name would do")
+        if self.resume:
+            self.config = self.config_to_resume()
         out = self.out or f"runs/{Path(self.data.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             train_run(self.config, self.data, out, self.resume)
         except KeyboardInterrupt:
             begun = (Path(out) / "checkpoint.safetensors").exists()
             sys.exit("\nStopped." + f" audiomaepp train --resume --out {out} goes on from the last checkpoint." * begun)
-        print(f"\nThe run is in {out}. Next: audiomaepp evaluate {out}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nThe run is in {out}. Next: audiomaepp evaluate {out}")
+
+    def config_to_resume(self) -> Config:
+        "The run's own settings; of those on the command line only epochs may differ."
+        given, base = self.config.to_dict(), Config.preset(self.preset).to_dict()
+        changed = {name: value for name, value in given.items() if value != base[name]}
+        cfg = Config.from_dict(read_progress(Path(self.out) / "checkpoint.safetensors")["config"])
+        other = [name for name, value in changed.items() if name != "epochs" and value != cfg.to_dict()[name]]
+        if other:
+            raise ValueError(f"{other[0]}={changed[other[0]]!r} differs from the run in {self.out}, which has "
+                             f"{getattr(cfg, other[0])!r}; only --epochs may change when it goes on")
+        return cfg.replace(epochs=changed.get("epochs", cfg.epochs))
 
 # %% ../nbs/40_cli.ipynb #333cfd8e
 @dataclass

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['POOLING_MODES', 'MASK_MODES', 'PRESETS', 'Config', 'write_atomic']
 
-# %% ../nbs/00_config.ipynb #5d3430fe
+# %% ../nbs/00_config.ipynb #3b216df0
 import difflib
 import html
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,7 +30,7 @@ def _bad(
     "The error for one bad setting."
     return ValueError(f"{field}={value!r} {problem}; {remedy}")
 
-# %% ../nbs/00_config.ipynb #91b1d1e6
+# %% ../nbs/00_config.ipynb #4027fca5
 def _need_int(field: str, value: Any, least: int = 1):
     "Raise unless `value` is a whole number of at least `least`."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -52,15 +53,15 @@ def _need_choice(field: str, value: Any, choices: tuple):
         raise _bad(field, value, "is not known", "one of " + ", ".join(map(repr, choices)) + " would do")
 
 
-def _pair(field: str, value: Any) -> tuple[int, int]:
+def _pair(field: str, value: Any, remedy: str) -> tuple[int, int]:
     "An int or a (time, mel) pair as a pair of positive ints."
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
         problem = "is not a positive whole number or a (time, mel) pair of them"
-        raise _bad(field, value, problem, "16 or (4, 16) would do")
+        raise _bad(field, value, problem, remedy)
     return pair
 
-# %% ../nbs/00_config.ipynb #c962151b
+# %% ../nbs/00_config.ipynb #6548340c
 @dataclass(frozen=True, kw_only=True)
 class _Image:
     "Image and patches"
@@ -69,8 +70,9 @@ class _Image:
     in_chans: int = 1 # channels of the spectrogram
 
     def _check(self):
-        for field in ("img_size", "patch_size"):
-            object.__setattr__(self, field, _pair(field, getattr(self, field)))
+        object.__setattr__(self, "img_size", _pair("img_size", self.img_size, "384 or (1024, 128) would do"))
+        common = math.gcd(16, *self.img_size)
+        object.__setattr__(self, "patch_size", _pair("patch_size", self.patch_size, f"{common} would do"))
         for axis, size, patch in zip(("time", "mel"), self.img_size, self.patch_size, strict=True):
             if patch > size:
                 raise _bad("patch_size", self.patch_size, f"is larger than img_size={self.img_size} along {axis}",
@@ -81,7 +83,7 @@ class _Image:
                 raise _bad("img_size", self.img_size, problem, f"{below} or {above} would")
         _need_int("in_chans", self.in_chans)
 
-# %% ../nbs/00_config.ipynb #e110aba6
+# %% ../nbs/00_config.ipynb #3bcab711
 @dataclass(frozen=True, kw_only=True)
 class _Model:
     "Encoder and decoder"
@@ -98,12 +100,15 @@ class _Model:
     def _check(self):
         for prefix in ("", "decoder_"):
             dim, heads = getattr(self, prefix + "embed_dim"), getattr(self, prefix + "num_heads")
-            for name in ("embed_dim", "depth", "num_heads"):
+            for name in ("depth", "num_heads"):
                 _need_int(prefix + name, getattr(self, prefix + name))
             unit = 4 if self.rope else 1
+            step = math.lcm(4, heads * unit)
+            if not isinstance(dim, int) or dim < 1:
+                _need_int(prefix + "embed_dim", dim, step)
             if dim % 4:
                 raise _bad(prefix + "embed_dim", dim, "is not divisible by 4, which sin-cos positions need",
-                           f"{-(-dim // 4) * 4} would do")
+                           f"{-(-dim // step) * step} would do")
             if dim % (heads * unit):
                 good = [h for h in range(1, 2 * heads) if dim % (h * unit) == 0]
                 raise _bad(prefix + "num_heads", heads, f"does not divide {prefix}embed_dim={dim}"

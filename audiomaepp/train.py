@@ -177,7 +177,7 @@ def load_checkpoint(
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
-# %% ../nbs/04_train.ipynb #aad00641
+# %% ../nbs/04_train.ipynb #dde1702a
 class _Steps:
     "From a batch to an update of the weights."
 
@@ -200,6 +200,9 @@ class _Steps:
 
     def update(self, batches: list[dict]) -> AudioMAEOutput: # of the last batch
         "One optimiser step on the gradients of all `batches`."
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if world > 1:  # each process its own masks, and the same ones after a resume
+            torch.manual_seed((self.cfg.seed * 2**32 + self.step) * world + rank)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, self.total_steps, self.warmup_steps, self.peak_lr, self.cfg.min_lr)
         for i, batch in enumerate(batches):
@@ -291,13 +294,14 @@ class _Records:
                 model.save_pretrained(self.out_dir)
         return scores
 
-# %% ../nbs/04_train.ipynb #024ec3e2
+# %% ../nbs/04_train.ipynb #d9dc5dd2
 class _Resumable:
     "Stopping and going on."
 
     def save(self, epoch: int, batch: int):
         "Write the checkpoint from which `resume` goes on at `batch` of `epoch`."
         if self.out_dir and self.accelerator.is_main_process:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
             progress = dict(config=self.cfg.to_dict(), epoch=epoch, batch=batch, step=self.step, best=self.best,
                             rows=self.history.rows)
             model = self.accelerator.unwrap_model(self.model)
@@ -364,7 +368,7 @@ def _in_jupyter() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-# %% ../nbs/04_train.ipynb #19c042d7
+# %% ../nbs/04_train.ipynb #f8781751
 class Trainer(_Plan, _Steps, _Records, _Resumable):
     "Trains a model on batches; resumable, deterministic, parallel through Accelerate."
 
@@ -379,13 +383,12 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
         save_minutes: float = 5.0, # at most this long between checkpoints
     ):
         self.cfg, self.callback, self.quiet, self.save_minutes = cfg, callback, quiet, save_minutes
-        self.accelerator = Accelerator()
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        self.accelerator = Accelerator(cpu=several and not torch.accelerator.is_available())  # or CPUs stay alone
         self.device = self.accelerator.device
         torch.manual_seed(cfg.seed)
         model = (model or AudioMAEPlusPlus(cfg)).train()
         optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas)
-        if self.accelerator.num_processes > 1:
-            torch.manual_seed(cfg.seed + self.accelerator.process_index)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(self.device))
