@@ -34,7 +34,7 @@ from .losses import rankme
 from .model import AudioMAEPlusPlus
 from .train import History, Trainer, read_progress
 
-# %% ../nbs/40_cli.ipynb #1287a7e0
+# %% ../nbs/40_cli.ipynb #4c8bf9b2
 @dataclass(frozen=True)
 class DataArgs:
     "Where the sounds are, and which of them are held out."
@@ -49,7 +49,7 @@ class DataArgs:
 
     def open(
         self,
-        cfg: Config,
+        cfg: Config, # sample rate, and the seed of a random split
         quiet: bool = False, # no progress bar
     ) -> tuple[Recordings, Recordings, str]: # training part, held-out part, what was done in words
         "The readable recordings, split."
@@ -78,10 +78,10 @@ class DataArgs:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{f.name: facts[f.name] for f in dataclasses.fields(cls)})
 
-# %% ../nbs/40_cli.ipynb #d9f86d47
+# %% ../nbs/40_cli.ipynb #bb71d7c0
 def validation_rows(
     labels: np.ndarray, # (n,) of the training part
-    seed: int,
+    seed: int, # of the choice
     every: int = 10, # one clip of so many, in each class
 ) -> np.ndarray: # row numbers
     "A random, class-balanced part of the training clips."
@@ -90,8 +90,8 @@ def validation_rows(
 
 
 def probe_loader(
-    recordings: Recordings,
-    cfg: Config,
+    recordings: Recordings, # training or validation clips
+    cfg: Config, # duration of a window
     most: int = 600, # clips
 ) -> tuple[torch.Tensor, np.ndarray]: # (n, clip_samples) the first window of each clip, (n,) labels
     "One window of each clip (of a random part, if there are many), for scores during training."
@@ -100,7 +100,7 @@ def probe_loader(
     batches = list(make_loader(recordings, cfg, train=False))
     return torch.cat([b["wav"] for b in batches]), torch.cat([b["label"] for b in batches]).numpy()
 
-# %% ../nbs/40_cli.ipynb #0aa1f38e
+# %% ../nbs/40_cli.ipynb #bc30b5ab
 class Validation:
     "Scores a model on clips that its training does not see."
 
@@ -108,7 +108,7 @@ class Validation:
         self,
         train: Recordings, # what the weights are fitted to
         held: Recordings, # validation clips
-        cfg: Config,
+        cfg: Config, # of the model
     ):
         self.cfg, self.frontend = cfg, build_frontend(cfg)
         self.train, self.held = probe_loader(train, cfg), probe_loader(held, cfg)
@@ -136,10 +136,10 @@ class Validation:
                 errors.append(model(spec, labels).losses["reconstruction"].item())
         return torch.cat(rows).numpy(), errors
 
-# %% ../nbs/40_cli.ipynb #309b74c0
+# %% ../nbs/40_cli.ipynb #c7a0295d
 def train_run(
-    cfg: Config,
-    data: DataArgs,
+    cfg: Config, # every setting of the model and its training
+    data: DataArgs, # the sounds, and which are held out
     out: str | os.PathLike, # the run's folder
     resume: bool = False, # go on where the run in `out` stopped, with its data and settings, to `cfg.epochs`
     quiet: bool = False, # no progress
@@ -184,7 +184,7 @@ def _skipped_lines(skipped: list, most: int = 5) -> list[str]:
     lines = [f"skipped {path}: {reason}" for path, reason in skipped[:most]]
     return lines + [f"… and {len(skipped) - most} more, all in skipped.csv"] * (len(skipped) > most)
 
-# %% ../nbs/40_cli.ipynb #1dbf0a8f
+# %% ../nbs/40_cli.ipynb #0fc9f517
 def floor_features(
     recordings: Recordings, # at 16 kHz
     rows: np.ndarray, # which of them
@@ -202,12 +202,12 @@ def floor_features(
 class Evaluation:
     "A run's held-out clips: embeddings of both parts, the floor's features, the report."
 
-    report: Report
-    train: Recordings # only what could be embedded
-    test: Recordings
-    test_x: np.ndarray # (m, D)
-    floor_x: np.ndarray # (m, 320)
-    protocol: str
+    report: Report # the scores
+    train: Recordings # the training part, as far as it could be embedded
+    test: Recordings # the held-out part, likewise
+    test_x: np.ndarray # (m, D) embeddings of the held-out part
+    floor_x: np.ndarray # (m, 320) log-mel statistics of the same clips
+    protocol: str # what was held out
 
 
 def evaluate_run(
@@ -227,10 +227,10 @@ def evaluate_run(
     report.to_json(run / "results.json")
     return Evaluation(report, train, test, test_x, floors[1], protocol)
 
-# %% ../nbs/40_cli.ipynb #260d1167
+# %% ../nbs/40_cli.ipynb #a9860353
 def draw_run(
     run: str | os.PathLike, # a run's folder
-    evaluation: Evaluation,
+    evaluation: Evaluation, # what `evaluate_run` gave
     colour: str = "label", # column that colours the map: label, or any metadata
 ) -> list[Path]: # what was written
     "Write the run's pictures: map.png, map.html, reconstructions, losses.png."

@@ -145,7 +145,7 @@ class EmbeddingGenerator(_Windows):
             write_parquet(table, out, notes)
         return table
 
-# %% ../nbs/20_embed.ipynb #5aaa337c
+# %% ../nbs/20_embed.ipynb #24872f00
 def _batches(
     waves: Iterable[Tensor], # each (samples,)
     size: int, # samples of a window
@@ -176,7 +176,7 @@ def fingerprint(
 
 def write_parquet(
     table, # DataFrame
-    path: str | os.PathLike,
+    path: str | os.PathLike, # the file; its folder is made
     notes: dict[str, str], # kept in the file's metadata
 ):
     "Write a table as Parquet, with notes, atomically."

@@ -88,11 +88,11 @@ def rotate(
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-# %% ../nbs/02_model.ipynb #7188f73f
+# %% ../nbs/02_model.ipynb #0758e43c
 def mask_noise(
     batch: int, # clips
-    cfg: Config,
-    device: torch.device | str = "cpu",
+    cfg: Config, # mask mode and patch grid
+    device: torch.device | str = "cpu", # where the numbers are drawn
 ) -> Tensor: # (B, N) in [0, 1)
     "Random numbers that decide what is hidden: one per patch, time step or band, by `cfg.mask_mode`."
     t, f = cfg.grid_size
@@ -234,11 +234,14 @@ class AudioMAEOutput:
         parts = ", ".join(f"{k} {v.item():.4f}" for k, v in self.losses.items())
         return f"AudioMAEOutput(loss {self.loss.item():.4f}: {parts}; embeddings {tuple(self.embeddings.shape)})"
 
-# %% ../nbs/02_model.ipynb #f3e55f3b
+# %% ../nbs/02_model.ipynb #d165abc9
 class Encoder(nn.Module):
     "Patches → tokens."
 
-    def __init__(self, cfg: Config):
+    def __init__(
+        self,
+        cfg: Config, # sizes
+    ):
         super().__init__()
         self.patch_embed = nn.Linear(cfg.patch_dim, cfg.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
@@ -254,6 +257,7 @@ class Encoder(nn.Module):
         patches: Tensor, # (B, N, patch_dim), all of them
         ids_keep: Tensor | None = None, # (B, visible) which to see; None sees all, in order
     ) -> Tensor: # (B, 1 + visible, D), CLS first
+        "Embed the patches that are to be seen, add their positions, run the blocks."
         pos, angles = self.pos_embed[:, 1:], self.angles
         if ids_keep is not None:
             patches, pos = take(patches, ids_keep), take(pos.expand(len(ids_keep), -1, -1), ids_keep)
@@ -276,11 +280,14 @@ def take(
     "Pick tokens by index, clip by clip."
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
-# %% ../nbs/02_model.ipynb #33bd0e23
+# %% ../nbs/02_model.ipynb #c83afb4b
 class Decoder(nn.Module):
     "Visible tokens → predicted patches."
 
-    def __init__(self, cfg: Config):
+    def __init__(
+        self,
+        cfg: Config, # sizes
+    ):
         super().__init__()
         dim, heads, block = cfg.decoder_embed_dim, cfg.decoder_num_heads, BLOCKS[cfg.block]
         self.embed = nn.Linear(cfg.embed_dim, dim)
@@ -297,6 +304,7 @@ class Decoder(nn.Module):
         latent: Tensor, # (B, 1 + visible, D)
         ids_keep: Tensor, # (B, visible)
     ) -> Tensor: # (B, N, patch_dim)
+        "Put mask tokens where nothing was seen, run the blocks, predict every patch."
         x = self.embed(latent)
         b, n, d = len(x), self.pos_embed.shape[1] - 1, x.shape[-1]
         full = self.mask_token.to(x.dtype).expand(b, n, d).scatter(1, ids_keep[..., None].expand(-1, -1, d), x[:, 1:])
