@@ -46,9 +46,9 @@ def lr_at(
     done = min(1.0, (step - warmup) / max(1.0, total - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
-# %% ../nbs/04_train.ipynb #a935f9d0
+# %% ../nbs/04_train.ipynb #ee5385f1
 def param_groups(
-    model: nn.Module,
+    model: nn.Module, # whose parameters are to be trained
     weight_decay: float, # for matrices
 ) -> list[dict]: # for a torch optimiser
     "Matrices decay; biases, norms and learned tokens do not."
@@ -135,11 +135,11 @@ def collapse_warning(
         return ""
     return f"the embeddings {problem} ({what}); use_uniformity_loss=True or a lower base_lr may help"
 
-# %% ../nbs/04_train.ipynb #4bd54cbd
+# %% ../nbs/04_train.ipynb #0391065d
 def save_checkpoint(
-    path: str | os.PathLike,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    path: str | os.PathLike, # the file
+    model: nn.Module, # whose weights to keep
+    optimizer: torch.optim.Optimizer, # AdamW, with its running averages
     progress: dict, # JSON: config, position, history
 ):
     "Write weights, optimiser and random state to one file, atomically."
@@ -162,9 +162,9 @@ def read_progress(path: str | os.PathLike) -> dict:
 
 
 def load_checkpoint(
-    path: str | os.PathLike,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    path: str | os.PathLike, # what `save_checkpoint` wrote
+    model: nn.Module, # gets the weights
+    optimizer: torch.optim.Optimizer, # gets the running averages
 ):
     "Put weights, optimiser and random state back."
     tensors = safetensors.torch.load_file(path)
@@ -177,11 +177,11 @@ def load_checkpoint(
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
-# %% ../nbs/04_train.ipynb #dde1702a
+# %% ../nbs/04_train.ipynb #b02eb1f7
 class _Steps:
     "From a batch to an update of the weights."
 
-    def spec(self, batch: dict) -> Tensor: # (B, C, time, mel)
+    def _spec(self, batch: dict) -> Tensor: # (B, C, time, mel)
         "A batch's spectrogram, on the device."
         if "spec" in batch:
             return batch["spec"].to(self.device, non_blocking=True)
@@ -190,7 +190,7 @@ class _Steps:
         with torch.no_grad():
             return self.transform(batch["wav"].to(self.device, non_blocking=True))
 
-    def labels(self, batch: dict) -> Tensor | None: # (B,) on the device
+    def _labels(self, batch: dict) -> Tensor | None: # (B,) on the device
         "A batch's labels, or nothing if no process has any in this step."
         labels = batch.get("label")
         some = labels is not None and bool((labels >= 0).any())
@@ -198,7 +198,7 @@ class _Steps:
             some = bool(self.accelerator.reduce(torch.tensor(float(some), device=self.device)).item())
         return labels.to(self.device, non_blocking=True) if some else None
 
-    def update(self, batches: list[dict]) -> AudioMAEOutput: # of the last batch
+    def _update(self, batches: list[dict]) -> AudioMAEOutput: # of the last batch
         "One optimiser step on the gradients of all `batches`."
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world > 1:  # each process its own masks, and the same ones after a resume
@@ -206,7 +206,7 @@ class _Steps:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, self.total_steps, self.warmup_steps, self.peak_lr, self.cfg.min_lr)
         for i, batch in enumerate(batches):
-            spec, labels, last = self.spec(batch), self.labels(batch), i == len(batches) - 1
+            spec, labels, last = self._spec(batch), self._labels(batch), i == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     out = self.model(spec, labels)
@@ -246,11 +246,11 @@ class _Meter:
         speed = self.clips / (time.perf_counter() - self.start)
         return {**means, "grad_norm": round(float(self.grad_norm), 4), "clips_per_s": round(speed, 1)}
 
-# %% ../nbs/04_train.ipynb #1a9e430d
+# %% ../nbs/04_train.ipynb #26844ed1
 class _Records:
     "What a run writes down: rows, checkpoints, the best weights."
 
-    def log(self, out: AudioMAEOutput, score: Callable[[], dict] = dict):
+    def _log(self, out: AudioMAEOutput, score: Callable[[], dict] = dict):
         "Add a row to the history, show it, and warn if something is wrong."
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"epoch": self.epoch, "step": self.step, "lr": float(f"{lr:.4g}"), **self.meter.row()}
@@ -265,9 +265,9 @@ class _Records:
         if word and word[:40] not in self.said:
             self.said.add(word[:40])
             warnings.warn(f"step {self.step}: {word}", stacklevel=2)
-        self.show(row, scores)
+        self._show(row, scores)
 
-    def show(self, row: dict, scores: dict):
+    def _show(self, row: dict, scores: dict):
         "A live table in Jupyter, plain lines in a terminal."
         if self.callback:
             self.callback(row)
@@ -278,7 +278,7 @@ class _Records:
         elif scores or not self.cfg.eval_every or self.epoch == self.cfg.epochs:
             tqdm.write("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
 
-    def evaluate(self, evaluate: Callable | None, best_by: str) -> dict: # the held-out scores
+    def _evaluate(self, evaluate: Callable | None, best_by: str) -> dict: # the held-out scores
         "Score the model on a fork of the random state, and keep its weights if they are the best so far."
         model, scores = self.accelerator.unwrap_model(self.model), {}
         if evaluate is not None:
@@ -288,17 +288,17 @@ class _Records:
             if best_by.lstrip("-") not in scores:
                 raise ValueError(f"best_by={best_by!r} is not among the scores; one of {sorted(scores)} would do")
             score = float(scores[best_by.lstrip("-")]) * (-1 if best_by.startswith("-") else 1)
-        if evaluate is None or self.best is None or score > self.best:
+        if evaluate is None or self.best is None or score >= self.best:  # of equal ones the longer trained
             self.best = score if evaluate is not None else None
             if self.out_dir and self.accelerator.is_main_process:
                 model.save_pretrained(self.out_dir)
         return scores
 
-# %% ../nbs/04_train.ipynb #d9dc5dd2
+# %% ../nbs/04_train.ipynb #d339069f
 class _Resumable:
     "Stopping and going on."
 
-    def save(self, epoch: int, batch: int):
+    def _save(self, epoch: int, batch: int):
         "Write the checkpoint from which `resume` goes on at `batch` of `epoch`."
         if self.out_dir and self.accelerator.is_main_process:
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -368,13 +368,13 @@ def _in_jupyter() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-# %% ../nbs/04_train.ipynb #f8781751
+# %% ../nbs/04_train.ipynb #eacb966d
 class Trainer(_Plan, _Steps, _Records, _Resumable):
     "Trains a model on batches; resumable, deterministic, parallel through Accelerate."
 
     def __init__(
         self,
-        cfg: Config,
+        cfg: Config, # every setting
         model: AudioMAEPlusPlus | None = None, # drawn from cfg.seed when left out
         out_dir: str | os.PathLike | None = None, # the run's folder; nothing is written when left out
         transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrogram (B, C, time, mel)
@@ -410,13 +410,13 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
                 self.epoch, every = epoch + 1, self.cfg.eval_every
                 due = self.epoch == self.cfg.epochs or (every and self.epoch % every == 0)
                 for done, batches in self._groups(train, epoch, skip):
-                    out = self.update(batches)
+                    out = self._update(batches)
                     bar.update()
                     if done < self.batches and time.monotonic() - self.saved_at > 60 * self.save_minutes:
-                        self.log(out)
-                        self.save(epoch, done)
-                self.log(out, partial(self.evaluate, evaluate, best_by) if due else dict)
+                        self._log(out)
+                        self._save(epoch, done)
+                self._log(out, partial(self._evaluate, evaluate, best_by) if due else dict)
                 if due or time.monotonic() - self.saved_at > 60 * self.save_minutes:
-                    self.save(epoch + 1, 0)
+                    self._save(epoch + 1, 0)
                 skip = 0
         return self.history
