@@ -191,13 +191,13 @@ def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypat
     out, flags = tmp_path / "stopped", ["--epochs", "2", "--eval-every", "1", *TINY]
     whole = tmp_path / "whole"
     cli.main(["train", "--data", str(sounds), "--out", str(whole), *flags])
-    save = cli.Trainer.save
+    save = cli.Trainer._save
 
     def save_and_stop(self, epoch, batch):
         save(self, epoch, batch)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Trainer, "save", save_and_stop)
+    monkeypatch.setattr(cli.Trainer, "_save", save_and_stop)
     message = refused("train", "--data", sounds, "--out", out, *flags)
     monkeypatch.undo()
     (words,) = [line for line in message.splitlines() if "audiomaepp train --resume" in line]
