@@ -1,4 +1,4 @@
-"""Clips per second on this machine: front end, training step (with and without the extra losses), embedding.
+"""Clips per second and their ratios: front end, training step (with and without the extra losses), embedding.
 
     make bench            python benchmarks/speed.py [--presets nano tiny] [--batch 32] [--device cpu] [--seconds 3]
 """
@@ -57,6 +57,9 @@ def main():
     for preset in args.presets:
         rows = measure(preset, args.batch, args.device, args.seconds)
         print(f"{preset:8}" + "".join(f"  {what} {rate:8.1f}" for what, rate in rows.items()))
+        plain = rows["train, plain"]
+        print("  of plain training's speed: " + ", ".join(
+            f"{what} {rate / plain:.2f}" for what, rate in rows.items() if what != "train, plain"))
 
 
 if __name__ == "__main__":
