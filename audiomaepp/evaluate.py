@@ -498,7 +498,7 @@ def _write(
         write_atomic(path, text.encode())
     return text
 
-# %% ../nbs/21_evaluate.ipynb #54fc0ab2
+# %% ../nbs/21_evaluate.ipynb #421ca834
 def make_report(
     train_x, # (n, D) embeddings of the training clips
     train_y, # (n,) their labels, or None
@@ -513,7 +513,7 @@ def make_report(
     scores = score(train_x, train_y, test_x, test_y)
     report = Report(protocol or f"held-out clips: {scores['n_train']} train / {scores['n_test']} test")
     report.add(name, scores)
-    if floor is not None:
+    if floor is not None and "knn" in scores: # without labels there is no accuracy to put beside it
         of_floor = score(floor[0], train_y, floor[1], test_y)
         # geometry of another feature space is no floor: only the accuracies can be compared
         shown = (*_ACCURACIES, "n_train", "n_test")
