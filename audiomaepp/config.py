@@ -129,7 +129,7 @@ class _Masking:
         _need_float("mask_ratio", self.mask_ratio, 0, 1, "0.75 hides three patches in four", True, True)
         _need_choice("mask_mode", self.mask_mode, MASK_MODES)
 
-# %% ../nbs/00_config.ipynb #a6fec541
+# %% ../nbs/00_config.ipynb #857f00a6
 @dataclass(frozen=True, kw_only=True)
 class _Losses:
     "Embedding losses and pooling"
@@ -139,6 +139,10 @@ class _Losses:
     use_uniformity_loss: bool = True # add uniformity, which spreads the embeddings over the sphere
     uniformity_weight: float = 0.1 # weight of the uniformity loss in the total loss
     uniformity_t: float = 2.0 # how sharply uniformity looks at close neighbours
+    uniformity_kind: Literal["gaussian", "cosine"] = "gaussian" # Wang & Isola's potential, or U-MAE's squared cosine
+    embedding_norm: Literal["none", "batch"] = "none" # what both losses look through: batch centres each channel
+    use_labels: bool = True # contrast clips of a class where labels are known; else, two views of each clip
+    views: int = 1 # augmented versions of each clip that the contrastive loss compares: 1 or 2
     pooling_mode: Literal["cls", "mean", "cls+mean"] = "mean" # how a clip's tokens become one vector
 
     def _check(self):
@@ -148,6 +152,9 @@ class _Losses:
         for field, usual in dict(contrastive_temperature=0.07, uniformity_t=2.0).items():
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual} is usual", True, True)
         _need_choice("pooling_mode", self.pooling_mode, POOLING_MODES)
+        _need_choice("uniformity_kind", self.uniformity_kind, ("gaussian", "cosine"))
+        _need_choice("embedding_norm", self.embedding_norm, ("none", "batch"))
+        _need_choice("views", self.views, (1, 2))
 
 # %% ../nbs/00_config.ipynb #4cc955ee
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +204,7 @@ class _Augmentation:
             if width >= most:
                 raise _bad(field, width, f"would blank the whole image of {most}", f"less than {most} would do")
 
-# %% ../nbs/00_config.ipynb #507a171a
+# %% ../nbs/00_config.ipynb #dd10a231
 @dataclass(frozen=True, kw_only=True)
 class _Training:
     "Training"
@@ -213,11 +220,14 @@ class _Training:
     precision: Literal["auto", "fp32", "bf16"] = "auto" # auto is bf16 where the hardware has it, else fp32
     num_workers: int = 0 # processes that load audio
     eval_every: int = 5 # epochs between evaluations on held-out clips; 0 evaluates at the end only
+    eval_steps: int = 0 # steps between further evaluations within an epoch, where epochs are long; 0 is none
     seed: int = 0 # of everything random
 
     def _check(self):
-        for field, least in dict(epochs=1, batch_size=1, accum_steps=1, num_workers=0, eval_every=0, seed=0).items():
-            _need_int(field, getattr(self, field), least)
+        for field in ("epochs", "batch_size", "accum_steps"):
+            _need_int(field, getattr(self, field))
+        for field in ("num_workers", "eval_every", "eval_steps", "seed"):
+            _need_int(field, getattr(self, field), least=0)
         for field in ("base_lr", "min_lr", "weight_decay", "warmup_epochs", "grad_clip"):
             usual = getattr(_Training, field)
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual:g} is usual", field == "base_lr", True)

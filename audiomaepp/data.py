@@ -726,7 +726,7 @@ class _Schedule:
         even = self._length // self.world_size * self.world_size # every process gets as many
         return iter(self.batches(self.epoch)[start:even][self.rank :: self.world_size])
 
-# %% ../nbs/11_data.ipynb #0f538413
+# %% ../nbs/11_data.ipynb #302facf6
 class ClipLoader:
     "Batches of clips: dicts of wav (B, clip_samples), label (B,) with −1 for unlabelled, and index (B,), the row."
 
@@ -736,13 +736,15 @@ class ClipLoader:
         cfg: Config,
         train: bool = True, # shuffled and cropped at random; else every clip once, in order, from its beginning
         seed: int | None = None, # default: cfg.seed
+        pairs: bool | None = None, # clips of a class in pairs; default: if the contrastive loss has labels to use
     ):
         if not len(recordings):
             raise ValueError("there are no recordings to load; at least one would do")
         seed = cfg.seed if seed is None else seed
         self.recordings = recordings = recordings.at_rate(cfg.sample_rate)
         labels, workers = recordings.labels, 0 if recordings.in_memory else cfg.num_workers
-        balanced = cfg.use_contrastive_loss and bool((labels >= 0).any())
+        pairs = cfg.use_contrastive_loss and cfg.use_labels if pairs is None else pairs
+        balanced = pairs and bool((labels >= 0).any())
         self.schedule = _Schedule(labels, cfg.batch_size, seed, train, balanced)
         self._batches = DataLoader(
             _Clips(recordings, cfg.clip_samples, seed, random=train and cfg.random_crop),
@@ -777,15 +779,16 @@ class ClipLoader:
             if len(batch["index"]):
                 yield batch
 
-# %% ../nbs/11_data.ipynb #571c2727
+# %% ../nbs/11_data.ipynb #a932238d
 def make_loader(
     recordings: Recordings,
     cfg: Config,
     train: bool = True, # shuffled, cropped at random, with the contrastive loss in pairs of a class; else as they stand
     seed: int | None = None, # default: cfg.seed
+    pairs: bool | None = None, # clips of a class in pairs; default: if the contrastive loss has labels to use
 ) -> ClipLoader:
     "Batches of `cfg.batch_size` clips of `cfg.clip_samples` samples, for training or for looking at."
-    return ClipLoader(recordings, cfg, train, seed)
+    return ClipLoader(recordings, cfg, train, seed, pairs)
 
 # %% ../nbs/11_data.ipynb #ea703665
 def _mix(wav: torch.Tensor, probability: float) -> torch.Tensor: # (B, samples)

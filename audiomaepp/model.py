@@ -7,7 +7,7 @@ __all__ = ['BLOCKS', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'rope_a
            'ids_of_mask', 'SwiGLU', 'mlp', 'Attention', 'MacaronBlock', 'PlainBlock', 'AudioMAEOutput', 'Encoder',
            'take', 'Decoder', 'cpu_state', 'AudioMAEPlusPlus']
 
-# %% ../nbs/02_model.ipynb #7830b92d
+# %% ../nbs/02_model.ipynb #3b4b2d39
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, write_atomic
-from .losses import gather_with_grad, info_nce_loss, reconstruction_loss, uniformity_loss
+from audiomaepp.losses import (
+    cosine_uniformity_loss,
+    gather_with_grad,
+    info_nce_loss,
+    reconstruction_loss,
+    standardise_batch,
+    uniformity_loss,
+)
 from .pooling import extract_embeddings
 
 # %% ../nbs/02_model.ipynb #d1ae33db
@@ -313,7 +320,7 @@ class Decoder(nn.Module):
             x = block(x, self.angles)
         return self.pred(self.norm(x))[:, 1:]
 
-# %% ../nbs/02_model.ipynb #86072847
+# %% ../nbs/02_model.ipynb #77a00893
 class _EmbeddingLosses:
     "The part of the model that runs only when an extra loss is on."
 
@@ -321,22 +328,42 @@ class _EmbeddingLosses:
         self,
         embeddings: Tensor, # (B, D)
         labels: Tensor | None, # (B,) or None
-        patches: Tensor, # (B, N, patch_dim), for a second view when there are no labels
+        patches: Tensor, # (B, N, patch_dim), of which the second view is taken
         mask: Tensor, # (B, N) of the first view
         noise: Tensor | None, # (B, N) what that mask was made from; None if it was given
+        other: Tensor | None, # (B, N, patch_dim) patches of another augmented version
     ) -> dict[str, Tensor]:
         "The contrastive and the uniformity loss, as far as they are on."
-        cfg, losses, everyone = self.cfg, {}, gather_with_grad(embeddings)
-        if cfg.use_contrastive_loss and labels is not None:
-            losses["contrastive"] = info_nce_loss(everyone, gather_with_grad(labels), cfg.contrastive_temperature)
-        elif cfg.use_contrastive_loss:
-            hidden_first = 1 - noise if noise is not None else torch.rand_like(mask) - mask
-            ids_other, _ = split_by_noise(hidden_first, int((mask[0] == 0).sum()))
-            other = gather_with_grad(extract_embeddings(self.encoder(patches, ids_other), cfg.pooling_mode))
-            losses["contrastive"] = info_nce_loss(torch.cat([everyone, other]), None, cfg.contrastive_temperature)
-        if cfg.use_uniformity_loss:
-            losses["uniformity"] = uniformity_loss(everyone, cfg.uniformity_t)
+        cfg, losses = self.cfg, {}
+        labels = gather_with_grad(labels) if labels is not None and cfg.use_labels else None
+        rows = gather_with_grad(embeddings)
+        n = len(rows)
+        if cfg.use_contrastive_loss and (labels is None or other is not None):
+            second = self._second_view(patches if other is None else other, mask, noise)
+            rows, labels = torch.cat([rows, gather_with_grad(second)]), _same_clip(labels)
+        if cfg.embedding_norm == "batch":
+            rows = standardise_batch(rows)
+        if cfg.use_contrastive_loss:
+            losses["contrastive"] = info_nce_loss(rows, labels, cfg.contrastive_temperature)
+        if cfg.use_uniformity_loss and cfg.uniformity_kind == "gaussian":
+            losses["uniformity"] = uniformity_loss(rows[:n], cfg.uniformity_t)
+        elif cfg.use_uniformity_loss:
+            losses["uniformity"] = cosine_uniformity_loss(rows[:n])
         return losses
+
+    def _second_view(self, patches: Tensor, mask: Tensor, noise: Tensor | None) -> Tensor: # (B, D)
+        "Embeddings of `patches`, seeing first what `mask` hides."
+        hidden_first = 1 - noise if noise is not None else torch.rand_like(mask) - mask
+        ids_keep, _ = split_by_noise(hidden_first, int((mask[0] == 0).sum()))
+        return extract_embeddings(self.encoder(patches, ids_keep), self.cfg.pooling_mode)
+
+
+def _same_clip(labels: Tensor | None) -> Tensor | None: # (B,) → (2B,)
+    "Labels of two stacked views; an unlabelled clip gets a class of its own, so that its two views are a pair."
+    if labels is None:
+        return None
+    own = labels.max().clamp_min(0) + 1 + torch.arange(len(labels), device=labels.device)
+    return torch.where(labels < 0, own, labels).repeat(2)
 
 # %% ../nbs/02_model.ipynb #5f92189e
 class _Pretrained:
@@ -380,7 +407,7 @@ def _init_weights(module: nn.Module):
         if hasattr(module, token):
             nn.init.normal_(getattr(module, token), std=0.02)
 
-# %% ../nbs/02_model.ipynb #56662d04
+# %% ../nbs/02_model.ipynb #437c0846
 class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
     "Masked autoencoder for spectrograms with macaron SwiGLU blocks. Source: arXiv 2507.10464, arXiv 2111.06377."
 
@@ -410,6 +437,7 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         spec: Tensor, # (B, C, time, mel) spectrogram, standardised
         labels: Tensor | None = None, # (B,) classes for the contrastive loss; negative = unlabelled
         mask: Tensor | None = None, # (B, N) or (N,), 1 = masked; drawn at random when left out
+        other: Tensor | None = None, # (B, C, time, mel) another augmented version of the clips, to contrast with
     ) -> AudioMAEOutput:
         "Hide patches, predict them, and return every loss that is on."
         cfg, patches = self.cfg, self.patchify(spec)
@@ -425,7 +453,8 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         loss = losses["reconstruction"]
         embeddings = extract_embeddings(latent, cfg.pooling_mode)
         if cfg.use_contrastive_loss or cfg.use_uniformity_loss:
-            losses |= self._embedding_losses(embeddings, labels, patches, mask, noise)
+            other = self.patchify(other) if other is not None else None
+            losses |= self._embedding_losses(embeddings, labels, patches, mask, noise, other)
             loss = loss + sum(getattr(cfg, f"{k}_weight") * v for k, v in losses.items() if k != "reconstruction")
         return AudioMAEOutput(loss, losses, pred, mask, latent, embeddings)
 

@@ -177,7 +177,7 @@ def load_checkpoint(
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
-# %% ../nbs/04_train.ipynb #b02eb1f7
+# %% ../nbs/04_train.ipynb #34340af4
 class _Steps:
     "From a batch to an update of the weights."
 
@@ -207,9 +207,10 @@ class _Steps:
             group["lr"] = lr_at(self.step, self.total_steps, self.warmup_steps, self.peak_lr, self.cfg.min_lr)
         for i, batch in enumerate(batches):
             spec, labels, last = self._spec(batch), self._labels(batch), i == len(batches) - 1
+            other = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    out = self.model(spec, labels)
+                    out = self.model(spec, labels, other=other)
                 self.accelerator.backward(out.loss / len(batches))
             self.meter.add(out, len(spec))
         self.meter.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
@@ -246,7 +247,14 @@ class _Meter:
         speed = self.clips / (time.perf_counter() - self.start)
         return {**means, "grad_norm": round(float(self.grad_norm), 4), "clips_per_s": round(speed, 1)}
 
-# %% ../nbs/04_train.ipynb #26844ed1
+# %% ../nbs/04_train.ipynb #6935882e
+def _score(scores: dict, best_by: str) -> float:
+    "The score that chooses the checkpoint, more is better."
+    if best_by.lstrip("-") not in scores:
+        raise ValueError(f"best_by={best_by!r} is not among the scores; one of {sorted(scores)} would do")
+    return float(scores[best_by.lstrip("-")]) * (-1 if best_by.startswith("-") else 1)
+
+
 class _Records:
     "What a run writes down: rows, checkpoints, the best weights."
 
@@ -278,18 +286,16 @@ class _Records:
         elif scores or not self.cfg.eval_every or self.epoch == self.cfg.epochs:
             tqdm.write("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
 
-    def _evaluate(self, evaluate: Callable | None, best_by: str) -> dict: # the held-out scores
+    def _evaluate(self, evaluate: Callable | None, best_by: str | None) -> dict: # the held-out scores
         "Score the model on a fork of the random state, and keep its weights if they are the best so far."
         model, scores = self.accelerator.unwrap_model(self.model), {}
         if evaluate is not None:
             with torch.random.fork_rng(), torch.no_grad():
                 scores = dict(evaluate(model.eval()))
             model.train()
-            if best_by.lstrip("-") not in scores:
-                raise ValueError(f"best_by={best_by!r} is not among the scores; one of {sorted(scores)} would do")
-            score = float(scores[best_by.lstrip("-")]) * (-1 if best_by.startswith("-") else 1)
-        if evaluate is None or self.best is None or score >= self.best:  # of equal ones the longer trained
-            self.best = score if evaluate is not None else None
+        score = _score(scores, best_by) if scores and best_by else None
+        if score is None or self.best is None or math.isnan(self.best) or score >= self.best:  # of equals the later
+            self.best = score
             if self.out_dir and self.accelerator.is_main_process:
                 model.save_pretrained(self.out_dir)
         return scores
@@ -368,7 +374,7 @@ def _in_jupyter() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-# %% ../nbs/04_train.ipynb #eacb966d
+# %% ../nbs/04_train.ipynb #fbb62d7e
 class Trainer(_Plan, _Steps, _Records, _Resumable):
     "Trains a model on batches; resumable, deterministic, parallel through Accelerate."
 
@@ -400,7 +406,7 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
         self,
         train: Iterable, # sized; batches {"wav" or "spec", "label"}; see `_Plan` for `set_epoch`
         evaluate: Callable[[AudioMAEPlusPlus], dict] | None = None, # model → held-out scores
-        best_by: str = "knn", # the score that chooses the checkpoint, more is better; of "-error" less is
+        best_by: str | None = "knn", # score that chooses what is kept, more is better (of "-error", less); None: last
     ) -> History:
         "Train to the last epoch, from wherever the run stands."
         self._plan(train)
@@ -409,13 +415,15 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
             for epoch in range(first_epoch, self.cfg.epochs):
                 self.epoch, every = epoch + 1, self.cfg.eval_every
                 due = self.epoch == self.cfg.epochs or (every and self.epoch % every == 0)
+                score = partial(self._evaluate, evaluate, best_by)
                 for done, batches in self._groups(train, epoch, skip):
                     out = self._update(batches)
                     bar.update()
-                    if done < self.batches and time.monotonic() - self.saved_at > 60 * self.save_minutes:
-                        self._log(out)
+                    scored = self.cfg.eval_steps and self.step % self.cfg.eval_steps == 0
+                    if done < self.batches and (scored or time.monotonic() - self.saved_at > 60 * self.save_minutes):
+                        self._log(out, score if scored else dict)
                         self._save(epoch, done)
-                self._log(out, partial(self._evaluate, evaluate, best_by) if due else dict)
+                self._log(out, score if due else dict)
                 if due or time.monotonic() - self.saved_at > 60 * self.save_minutes:
                     self._save(epoch + 1, 0)
                 skip = 0
