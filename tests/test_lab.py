@@ -1,0 +1,373 @@
+"""The lab is fair: one start, one order, one held-out part for all; nothing leaks; a kill changes no number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+import audiomaepp
+from audiomaepp import lab
+from audiomaepp.config import Config
+from audiomaepp.data import Recordings, synthesize
+from audiomaepp.evaluate import wilson_interval
+from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, compare_losses, grid
+from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.train import Trainer, read_progress
+
+
+def config(**changes):
+    small = dict(
+        embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, batch_size=8, epochs=2,
+        warmup_epochs=0, eval_every=1, precision="fp32",
+    )  # fmt: skip
+    return Config.preset("nano", **{**small, **changes})
+
+
+TWO = {name: LOSSES[name] for name in ("neither", "both")}
+
+
+@pytest.fixture(scope="module")
+def sounds():
+    return synthesize(n=6, classes=4)
+
+
+@pytest.fixture(scope="module")
+def comparison(sounds, tmp_path_factory):
+    out = tmp_path_factory.mktemp("lab") / "out"
+    options = dict(base=config(), out=out, pooling=("mean", "cls"), fraction=0.4, quiet=True)
+    return compare_losses(sounds, TWO, (0, 1), **options)
+
+
+def write(folder, recordings):
+    "The clips as files, a folder for each class."
+    for i, label in enumerate(recordings.table["label"]):
+        path = folder / label / f"{i}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, recordings.wav(i).numpy(), recordings.sample_rate, subtype="PCM_16")
+    return folder
+
+
+def no_training(monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("a training began"))
+
+
+# ---- alike in everything but the setting
+
+
+def test_all_settings_start_from_the_same_weights_and_see_the_same_batches(sounds, monkeypatch):
+    starts, orders = [], []
+
+    def fit(self, train, *args, **kwargs):
+        starts.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        train.set_epoch(0)
+        orders.append([(b["index"].tolist(), b["wav"]) for b in train])
+        train.set_epoch(0)
+        return whole(self, train, *args, **kwargs)
+
+    whole = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", fit)
+    compare_losses(sounds, base=config(epochs=1), quiet=True)
+    assert len(starts) == 4
+    for start, order in zip(starts[1:], orders[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(starts[0].values(), start.values(), strict=True))
+        assert [rows for rows, _ in order] == [rows for rows, _ in orders[0]]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(order, orders[0], strict=True))
+
+
+def test_the_last_weights_are_evaluated_on_clips_that_were_not_trained_on(sounds, monkeypatch):
+    seen, fitted = set(), []
+
+    def fit(self, train, *args, **kwargs):
+        assert kwargs["best_by"] is None
+        seen.update(train.recordings.paths)
+        history = whole(self, train, *args, **kwargs)
+        fitted.append(self.model)
+        return history
+
+    whole = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", fit)
+    result = compare_losses(sounds, {"both": LOSSES["both"]}, base=config(), fraction=0.25, quiet=True)
+    held = set(result.held_out["path"])
+    assert not held & seen and held | seen == set(sounds.paths)
+    test = sounds.select([i for i, path in enumerate(sounds.paths) if path in held])
+    np.testing.assert_array_equal(result.results[0].x, lab._embed(fitted[0], test, "mean"))
+
+
+def test_pooling_needs_no_training_of_its_own(sounds, monkeypatch):
+    trained = []
+    whole = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **kw: trained.append(1) or whole(self, *args, **kw))
+    modes = ("cls", "mean", "cls+mean", "frame")
+    result = compare_losses(sounds, {"both": {}}, base=config(), pooling=modes, quiet=True)
+    assert len(trained) == 1
+    assert list(result.scores["pooling"]) == list(modes)
+    assert [r.x.shape[1] for r in result.results] == [32, 32, 64, 32 * config().grid_size[1]]
+    assert list(result.table.index) == [*(f"both · {mode}" for mode in modes), FLOOR, CHANCE]
+
+
+# ---- what is asked for
+
+
+@pytest.mark.parametrize("settings, words", [
+    ([{"contrastive_wieght": 0.1}], "did you mean contrastive_weight"),
+    (grid(mask_ratio=[0.5, 1.5]), "mask_ratio"),
+    ({"a": {"seed": 1}}, "seeds="),
+    ({"chance": {}}, "chance"),
+    ({"a": 3}, "would do"),
+    ([{"mask_ratio": 0.5}, {"mask_ratio": 0.5}], "twice"),
+    ({}, "would do"),
+])  # fmt: skip
+def test_a_bad_setting_fails_before_anything_is_opened_or_trained(settings, words, monkeypatch):
+    no_training(monkeypatch)
+    with pytest.raises(ValueError, match=words):
+        compare_losses("/nowhere", settings, base=config(), quiet=True)
+
+
+@pytest.mark.parametrize("options", [{"seeds": ()}, {"seeds": (1, 1)}, {"pooling": "median"}, {"base": "nanno"}])
+def test_other_bad_values_fail_too(options, monkeypatch):
+    no_training(monkeypatch)
+    with pytest.raises(ValueError, match="seeds=|pooling='median'|preset='nanno'"):
+        compare_losses("/nowhere", **{"base": config(), "quiet": True, **options})
+
+
+def test_a_setting_alone_takes_no_batches_in_pairs_from_unlabelled_clips(sounds):
+    unlabelled = Recordings(sounds.table.drop(columns="label"), waves=sounds.waves, source="sounds")
+    result = compare_losses(unlabelled, {"both": LOSSES["both"]}, base=config(), quiet=True)
+    row = result.scores.iloc[0]
+    assert "knn" not in row
+    assert np.isfinite(row[["uniformity", "rankme", "reconstruction", "seconds"]].astype(float)).all()
+    assert result.chance is None and "rankme" in result.histories["both", 0].columns and str(result)
+
+
+# ---- held out
+
+
+def test_a_pair_that_shares_a_clip_is_refused(sounds):
+    train, test = sounds.select(range(0, 16)), sounds.select(range(15, 24))
+    with pytest.raises(ValueError, match=f"{sounds.paths[15]} is in both parts"):
+        compare_losses((train, test), TWO, base=config(), quiet=True)
+
+
+def test_a_pair_that_shares_samples_under_another_name_is_refused(sounds):
+    train, test = sounds.select(range(0, 16)), sounds.select(range(15, 24))
+    test = Recordings(test.table.assign(path=[f"other/{i}" for i in range(9)]), waves=test.waves)
+    with pytest.raises(ValueError, match="other/0"):
+        compare_losses((train, test), TWO, base=config(), quiet=True)
+
+
+@pytest.mark.parametrize("leak", ["symlink", "hard link", "copy", "other format", "link to the folder"])
+def test_a_held_out_file_cannot_come_into_training_by_another_way(leak, sounds, tmp_path):
+    train = write(tmp_path / "train", sounds.select(range(0, 24, 2)))
+    test = write(tmp_path / "test", sounds.select(range(1, 24, 2)))
+    victim = sorted(test.rglob("*.wav"))[0]
+    hidden = train / victim.parent.name / "hidden.wav"
+    if leak == "symlink":
+        hidden.symlink_to(victim)
+    elif leak == "hard link":
+        os.link(victim, hidden)
+    elif leak == "copy":
+        hidden.write_bytes(victim.read_bytes())
+    elif leak == "other format":
+        soundfile.write(hidden.with_suffix(".flac"), soundfile.read(victim, dtype="int16")[0], 16000)
+    else:
+        (train / "linked").symlink_to(victim.parent)
+    with pytest.raises(ValueError, match="held out|both parts"):
+        compare_losses((train, test), TWO, base=config(), quiet=True)
+
+
+def test_copies_within_a_folder_are_not_trained_on(sounds, tmp_path):
+    write(tmp_path, sounds)
+    for path in sorted(tmp_path.rglob("*.wav")):
+        path.with_name(f"{path.stem}_again.wav").write_bytes(path.read_bytes())
+    train, test, words = lab.open_parts(tmp_path, 16000)
+    assert not set(lab.clip_digests(train)) & set(lab.clip_digests(test))
+    assert f"{48 - len(train) - len(test)} copies of held-out clips not trained on" in words
+
+
+def test_a_folder_goes_on_with_the_same_comparison_only(comparison, sounds, tmp_path, monkeypatch):
+    no_training(monkeypatch)
+    folder = tmp_path / "saved"
+    comparison.save(folder)
+    same = dict(base=config(), out=folder, pooling=("mean", "cls"), fraction=0.4, quiet=True)
+    assert compare_losses(sounds, TWO, (0, 1), **same).same_as(comparison)
+    for changed, words in [
+        (dict(seeds=(0, 2)), "seeds"), (dict(settings=LOSSES), "settings"), (dict(base=config(depth=2)), "base.depth"),
+        (dict(pooling="cls"), "pooling"), (dict(split_seed=1), "data."), (dict(fraction=0.5), "protocol"),
+        (dict(data=synthesize(n=6, classes=4, seed=1)), "data."),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"another comparison: .*{words}"):
+            compare_losses(**{**same, "data": sounds, "settings": TWO, "seeds": (0, 1), **changed})
+
+
+def test_clips_that_cannot_be_read_are_left_out_once_and_listed(sounds, tmp_path):
+    write(tmp_path / "data", sounds)
+    (tmp_path / "data" / "struck.wav").write_bytes(b"no sound")
+    result = compare_losses(tmp_path / "data", {"neither": LOSSES["neither"]}, base=config(epochs=1), quiet=True)
+    assert [Path(path).name for path, _ in result.skipped] == ["struck.wav"]
+    assert "1 recordings left out" in str(result)
+
+
+def test_parts_opened_apart_get_common_classes(sounds, tmp_path):
+    train = write(tmp_path / "train", sounds.select(sounds.labels != 0))
+    test = write(tmp_path / "test", synthesize(n=3, classes=4, seed=5))
+    result = compare_losses((train, test), {"neither": LOSSES["neither"]}, base=config(epochs=1), quiet=True)
+    assert [result.experiment.classes[i] for i in result.labels] == list(result.held_out["label"])
+    names = np.array(result.experiment.classes)[result.results[0].predicted]
+    assert result.results[0].scores["knn"] == pytest.approx((names == result.held_out["label"]).mean())
+
+
+def test_shuffled_labels_give_chance_and_true_ones_do_not():
+    sounds = synthesize(n=30, classes=["rising steps", "struck", "fast tremolo", "speeding pulses"])
+    shuffled = np.random.default_rng(0).permutation(sounds.table["label"])
+    cfg = config(embed_dim=64, epochs=12, base_lr=3e-2, batch_size=24, contrastive_weight=1.0, eval_every=0)
+    setting, scores = {"contrastive": LOSSES["contrastive"]}, []
+    for labels in (sounds.table["label"], shuffled):
+        data = Recordings(sounds.table.assign(label=labels), waves=sounds.waves)
+        result = compare_losses(data, setting, base=cfg, fraction=0.4, quiet=True)
+        scores.append(result.results[0].scores["knn"])
+    low, high = wilson_interval(0.25, 48, level=0.99)
+    assert result.chance == 0.25 and low <= scores[1] <= high, scores
+    assert scores[0] > high, "the same training on true labels tells the classes apart"
+
+
+# ---- collapse
+
+
+def test_a_planted_collapse_is_reported(sounds, monkeypatch):
+    def constant(self, spec, mode=None):
+        return torch.ones(len(spec), 32) + 1e-4 * spec.mean((1, 2, 3))[:, None]
+
+    monkeypatch.setattr(AudioMAEPlusPlus, "get_embedding", constant)
+    result = compare_losses(sounds, {"neither": LOSSES["neither"]}, base=config(epochs=1), quiet=True)
+    for text in (str(result), result._repr_html_(), result.table.loc["neither", "warning"]):
+        assert "the embeddings have collapsed to one direction" in text
+    monkeypatch.undo()
+    healthy = compare_losses(sounds, {"neither": LOSSES["neither"]}, base=config(epochs=1), quiet=True)
+    assert "collapsed" not in str(healthy)
+
+
+# ---- the table
+
+
+def test_the_table_holds_mean_and_spread_over_seeds(comparison):
+    rows = ["neither · mean", "neither · cls", "both · mean", "both · cls", FLOOR, CHANCE]
+    assert list(comparison.table.index) == rows
+    scores = comparison.scores.query("setting == 'both' and pooling == 'cls'")
+    assert list(scores["seed"]) == [0, 1]
+    row = comparison.table.loc["both · cls"]
+    for name in lab.MEASURES:
+        values = scores[name].to_numpy()
+        assert row[name] == pytest.approx(values.mean()) and row[f"{name}_sd"] == pytest.approx(values.std(ddof=1))
+    assert comparison.table.loc[FLOOR, "knn"] == comparison.floor.scores["knn"]
+    assert comparison.table.loc[CHANCE, ["knn", "linear"]].tolist() == [0.25, 0.25]
+    first, second = (comparison.histories["both", seed]["loss"] for seed in (0, 1))
+    assert first != second
+
+
+def test_a_best_is_named_only_beyond_the_spread(comparison):
+    def planted(values):
+        results = [r for r in comparison.results if r.pooling == "mean"]
+        copies = [lab.Result(**{**vars(r), "scores": {**r.scores, "knn": values[r.setting][r.seed]}}) for r in results]
+        changed = Comparison(**{**vars(comparison), "results": copies})
+        return next(v for v in changed.verdicts() if v.column == "knn"), str(changed)
+
+    clips = len(comparison.held_out)
+    verdict, text = planted({"neither": (0.1, 0.1), "both": (0.9, 0.9)})
+    assert verdict.clear and (verdict.best, verdict.second) == ("both · mean", "neither · mean") and "★ 0.90" in text
+    verdict, text = planted({"neither": (0.6, 0.6), "both": (0.7, 0.7)})
+    assert not verdict.clear and f"{clips} held-out clips" in str(verdict) and "within the spread" in text
+    verdict, text = planted({"neither": (0.0, 1.0), "both": (1.0, 1.0)})
+    assert not verdict.clear and "2 seeds" in str(verdict) and "★" not in text
+
+
+# ---- kept, killed, gone on with
+
+
+def test_saved_and_loaded_it_is_the_same(comparison, tmp_path):
+    comparison.save(tmp_path / "new" / "folder")
+    again = Comparison.load(tmp_path / "new" / "folder")
+    assert again.same_as(comparison) and comparison.same_as(again)
+    pd.testing.assert_frame_equal(again.table, comparison.table)
+    pd.testing.assert_frame_equal(again.held_out, comparison.held_out)
+    assert str(again) == str(comparison) and again.skipped == comparison.skipped
+    again.results[0].x[0, 0] += 1e-6
+    assert not again.same_as(comparison)
+    with pytest.raises(FileNotFoundError, match="comparison.json"):
+        Comparison.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plain", "../up", "..", ".", "a/b", "both, or neither", "x" * 300, "ä", "a b", "a_b"])
+def test_any_name_is_one_folder_of_its_own(name, tmp_path):
+    folder = lab.run_folder(tmp_path, name, 0)
+    assert folder.parent.parent == tmp_path and folder.parent.name.strip(".") and len(folder.parent.name) < 80
+    others = [lab.run_folder(tmp_path, other, 0) for other in ("a b", "a_b", "both", FLOOR) if other != name]
+    assert folder not in others
+
+
+def slow_comparison(out, pause=0.0):
+    torch.set_num_threads(1)
+    whole = lab._Watch.row
+
+    def row(self, row):
+        time.sleep(pause)
+        whole(self, row)
+
+    lab._Watch.row = row
+    try:
+        return compare_losses(synthesize(n=4, classes=3), TWO, base=config(epochs=4), out=out, quiet=True)
+    finally:
+        lab._Watch.row = whole
+
+
+def test_a_killed_comparison_goes_on_and_comes_to_the_same_numbers(tmp_path):
+    threads = torch.get_num_threads()
+    env = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, __file__, str(out)], env=env)
+    checkpoint, began = out / "both" / "seed0" / "checkpoint.safetensors", time.monotonic()
+    while not checkpoint.exists() or not 1 <= read_progress(checkpoint)["epoch"] < 4:
+        assert process.poll() is None and time.monotonic() - began < 120, "it did not get as far as the second training"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    try:
+        halfway = Comparison.load(out)
+        assert halfway.unfinished == [("both", 0)] and "not finished: both (seed 0)" in str(halfway)
+        first = out / "neither" / "seed0"
+        untouched = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+        reached = read_progress(checkpoint)["rows"]
+        assert 1 <= len(reached) < 4
+        resumed, whole = slow_comparison(out), slow_comparison(tmp_path / "whole")
+        assert resumed.same_as(whole) and not resumed.unfinished
+        assert resumed.histories["both", 0].rows[: len(reached)] == reached, "the training began anew"
+        assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == untouched, "a finished training ran again"
+        assert resumed.histories["both", 0]["seconds"] == sorted(resumed.histories["both", 0]["seconds"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_seconds_are_of_training_alone_and_grow(comparison):
+    for result in comparison.results:
+        seconds = comparison.histories[result.setting, result.seed]["seconds"]
+        assert seconds == sorted(seconds) and seconds[0] > 0
+        assert result.scores["seconds"] == seconds[-1]
+
+
+def test_what_is_written_is_plain(comparison, tmp_path):
+    comparison.save(tmp_path)
+    facts = json.loads((tmp_path / "comparison.json").read_text())["experiment"]
+    assert facts["settings"] == TWO and facts["seeds"] == [0, 1] and facts["base"]["embed_dim"] == 32
+    assert set(facts["versions"]) >= {"audiomaepp", "torch", "numpy", "python"}
+
+
+if __name__ == "__main__":
+    slow_comparison(sys.argv[1], pause=0.3)
