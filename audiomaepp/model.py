@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'rope_angles', 'rotate', 'mask_noise', 'split_by_noise',
-           'ids_of_mask', 'SwiGLU', 'mlp', 'Attention', 'MacaronBlock', 'PlainBlock', 'AudioMAEOutput', 'Encoder',
-           'take', 'Decoder', 'cpu_state', 'AudioMAEPlusPlus']
+           'ids_of_mask', 'SwiGLU', 'mlp', 'Attention', 'attend', 'MacaronBlock', 'PlainBlock', 'AudioMAEOutput',
+           'Encoder', 'take', 'Decoder', 'cpu_state', 'AudioMAEPlusPlus']
 
 # %% ../nbs/02_model.ipynb #3b4b2d39
 import os
@@ -161,7 +161,7 @@ def mlp(
     "The usual two-layer feed-forward layer."
     return nn.Sequential(nn.Linear(dim, hidden), act(), nn.Linear(hidden, dim))
 
-# %% ../nbs/02_model.ipynb #04f4a400
+# %% ../nbs/02_model.ipynb #e6578277
 class Attention(nn.Module):
     "Multi-head self-attention."
 
@@ -183,7 +183,19 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, n, d))
+
+
+def attend(
+    q: Tensor, # (B, H, L, d) queries
+    k: Tensor, # (B, H, L, d) keys
+    v: Tensor, # (B, H, L, d) values
+) -> Tensor: # (B, H, L, d)
+    "softmax(q·kᵀ / √d)·v, by the fastest way there is."
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):  # PyTorch's bf16 kernel for CPUs takes several times as long
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
 
 # %% ../nbs/02_model.ipynb #7da92c95
 class MacaronBlock(nn.Module):
