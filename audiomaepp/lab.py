@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FLOOR', 'CHANCE', 'MEASURES', 'validation_rows', 'probe_loader', 'Validation', 'floor_features', 'grid',
            'name_settings', 'clip_digests', 'without_copies', 'open_parts', 'Experiment', 'differences', 'design',
-           'wants_pairs', 'Result', 'nearest_rows', 'run_folder', 'Verdict', 'Comparison', 'begin', 'compare_losses']
+           'wants_pairs', 'Result', 'nearest_rows', 'run_folder', 'Verdict', 'Shift', 'moved_share', 'Comparison',
+           'begin', 'compare_losses']
 
-# %% ../nbs/23_lab.ipynb #71fde2a1
+# %% ../nbs/23_lab.ipynb #1ace03d9
+import base64
 import hashlib
 import html
+import io
 import itertools
 import json
 import os
 import platform
+import pprint
 import re
 import tempfile
 import time
@@ -233,7 +237,7 @@ def _common_classes(*parts: Recordings) -> list[Recordings]:
     names = list(dict.fromkeys(name for part in parts for name in part.classes))
     return [Recordings(p.table, p.sample_rate, names, p.waves, p.skipped, p.source) for p in parts]
 
-# %% ../nbs/23_lab.ipynb #ceeee0e0
+# %% ../nbs/23_lab.ipynb #ffaaff24
 @dataclass
 class Experiment:
     "All that decides the numbers of a comparison, as plain JSON types."
@@ -246,6 +250,7 @@ class Experiment:
     source: str # where the sounds come from, for people
     classes: list[str] # in the order of their numbers
     data: dict[str, str] # digests of the labels and samples of both parts, in order
+    split: dict # how they were split: fold, group, held_out, fraction, split_seed, as far as given
     versions: dict[str, str] = field(default_factory=lambda: _versions()) # of what computes
 
     def config(self, setting: str, seed: int) -> Config:
@@ -282,7 +287,7 @@ def differences(
             words.append(f"{name}{key} was {a!r} and is {b!r}")
     return words
 
-# %% ../nbs/23_lab.ipynb #be949664
+# %% ../nbs/23_lab.ipynb #5cb29349
 def design(
     settings: Mapping[str, dict] | Sequence[dict] | None, # see `name_settings`
     seeds: Iterable[int], # each setting is trained with each
@@ -306,7 +311,7 @@ def design(
         except ValueError as error:
             raise ValueError(f"setting {name!r}: {error}") from None
     plain = json.loads(json.dumps(dict(settings=named, seeds=seeds, base=base.to_dict(), pooling=pooling)))
-    return Experiment(**plain, protocol="", source="", classes=[], data={})
+    return Experiment(**plain, protocol="", source="", classes=[], data={}, split={})
 
 # %% ../nbs/23_lab.ipynb #02ac7873
 class _Watch:
@@ -360,8 +365,8 @@ def wants_pairs(
     configs = [experiment.config(setting, 0) for setting in experiment.settings]
     return bool((train.labels >= 0).any()) and any(c.use_contrastive_loss and c.use_labels for c in configs)
 
-# %% ../nbs/23_lab.ipynb #6ac337d6
-@dataclass
+# %% ../nbs/23_lab.ipynb #9da61103
+@dataclass(eq=False)
 class Result:
     "One embedding of the held-out clips."
 
@@ -593,6 +598,332 @@ class _Text(_Tables, _Verdicts):
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks())
         return f"{_html_table(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
 
+# %% ../nbs/23_lab.ipynb #9419e600
+@dataclass(repr=False)
+class Shift:
+    "What changed for the held-out clips from one row of a comparison to another."
+
+    before: str # row
+    after: str # row
+    protocol: str # what was held out
+    seeds: list[int] # of the trainings compared, pair by pair
+    moved: float # mean share of the ten neighbours that changed
+    usual: float # the same between two seeds of one setting; NaN for a single seed
+    classes: "pd.DataFrame" # per class: clips, recall and own neighbours before and after, moved; most changed first
+    clips: "pd.DataFrame" # per clip: predictions and own neighbours before and after, moved; most moved first
+    confusions: "pd.DataFrame" # true, predicted, count before and after, over all seeds; what went away first
+
+    def parts(self, most: int = 6) -> dict[str, list[list[str]]]:
+        "The tables worth a look, as cells under their titles."
+        gone, come = self.confusions.query("difference < 0"), self.confusions.query("difference > 0")[::-1]
+        clips = self.clips.assign(path=[Path(path).name for path in self.clips["path"]])
+        named = {"classes that changed most": self.classes, "confusions that went away": gone,
+                 "confusions that came": come, "clips that moved most": clips}
+        return {title: _cells_of(frame.head(most)) for title, frame in named.items() if len(frame)}
+
+    def __str__(self):
+        return "\n\n".join([self._heading(), *(_text_table(title, cells) for title, cells in self.parts().items())])
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        tables = "".join(f"<div>{_html_table(title, cells)}</div>" for title, cells in self.parts().items())
+        flow = "display:flex;flex-wrap:wrap;gap:.5em 2em;align-items:flex-start"
+        return f"<p>{html.escape(self._heading())}</p><div style='{flow}'>{tables}</div>"
+
+    def _heading(self) -> str:
+        many = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
+        usual = f" (between two seeds of one setting: {self.usual:.0%})" if self.usual == self.usual else ""
+        return (f"{self.before} → {self.after}, {many}; held-out clips, {self.protocol}: "
+                f"{self.moved:.0%} of a clip's ten neighbours changed{usual}")
+
+
+def _cells_of(frame: "pd.DataFrame") -> list[list[str]]:
+    "A table as text, head first."
+    def show(value):
+        return "–" if value is None or value != value else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    heads = [name.replace("_", " ") for name in frame.columns]
+    return [heads, *([show(value) for value in row] for row in frame.itertuples(index=False))]
+
+# %% ../nbs/23_lab.ipynb #72b9594c
+def moved_share(
+    before: np.ndarray, # (m, k) rows of the nearest training clips
+    after: np.ndarray, # (m, k) the same in another embedding
+) -> np.ndarray: # (m,) from 0, the same neighbours, to 1, none of them
+    "How much of each clip's neighbourhood changed."
+    return 1 - (before[:, :, None] == after[:, None, :]).any(2).mean(1)
+
+# %% ../nbs/23_lab.ipynb #44e7f9ea
+class _Shifts:
+    "From two rows of a comparison to what moved between them."
+
+    def results_of(self, row: str, seed: int | None = None) -> list[Result]:
+        "The results behind a row of the table, or behind a setting as it was pooled first."
+        rows = {}
+        for result in [*self.results, self.floor]:
+            name = FLOOR if result is self.floor else self.row_name(result.setting, result.pooling)
+            rows.setdefault(name, []).append(result)
+        first = {results[0].setting: results for results in reversed(rows.values())}
+        if row not in rows | first:
+            raise ValueError(f"{row!r} is no row of this comparison; one of {', '.join(rows)} would do")
+        found = (first | rows)[row]
+        if seed is None or found[0] is self.floor:
+            return found
+        if seed not in (seeds := [result.seed for result in found]):
+            raise ValueError(f"seed={seed!r} was not trained; one of {', '.join(map(str, seeds))} would do")
+        return [result for result in found if result.seed == seed]
+
+    def shift(
+        self,
+        before: str, # a row of the table, or a setting
+        after: str, # another one
+        seed: int | None = None, # compare trainings of this seed; None: of every seed, each with its like
+    ) -> Shift:
+        "Which classes and clips moved between two settings, and which confusions went away."
+        a, b = self.results_of(before, seed), self.results_of(after, seed)
+        pairs = [(x, y) for x in a for y in b if x.seed == y.seed or self.floor in (x, y)]
+        if not pairs:
+            raise ValueError(f"{before!r} and {after!r} have no seed in common yet; the finished comparison would do")
+        same = [pair for results in (a, b) for pair in itertools.combinations(results, 2)]
+        moves, usual = ([moved_share(x.nearest, y.nearest) for x, y in some] for some in (pairs, same))
+        seeds = sorted({(y if x is self.floor else x).seed for x, y in pairs})
+        clips = _clip_shifts(self, pairs, np.mean(moves, axis=0))
+        return Shift(before, after, self.experiment.protocol, seeds, float(np.mean(moves)),
+                     float(np.mean(usual)) if usual else float("nan"), _class_shifts(clips),
+                     _sorted_clips(clips), _confusion_shifts(self, pairs))
+
+# %% ../nbs/23_lab.ipynb #12ee28d6
+def _clip_shifts(comparison: "Comparison", pairs: list[tuple[Result, Result]], moved: np.ndarray) -> "pd.DataFrame":
+    "A row for each held-out clip, means over pairs of trainings; of several predictions the most frequent."
+    import pandas as pd
+
+    def predicted(results):
+        numbers = np.stack([result.predicted for result in results])
+        return [names[np.bincount(column + 1).argmax() - 1] for column in numbers.T]
+
+    names = [*comparison.experiment.classes, None] # -1, no prediction, is the last
+    frame = pd.DataFrame({"path": comparison.held_out["path"], "label": [names[y] for y in comparison.labels]})
+    for i, word in enumerate(("before", "after")):
+        some = [pair[i] for pair in pairs]
+        frame[f"predicted_{word}"] = predicted(some)
+        frame[f"right_{word}"] = np.mean([result.predicted == comparison.labels for result in some], axis=0)
+        frame[f"own_{word}"] = np.mean([result.own for result in some], axis=0)
+    return frame.assign(moved=moved)
+
+
+def _sorted_clips(clips: "pd.DataFrame") -> "pd.DataFrame":
+    "Most moved first; of those moved alike, first what won or lost most neighbours of its own class."
+    gain = (clips["own_after"] - clips["own_before"]).abs().fillna(0)
+    columns = ["path", "label", "predicted_before", "predicted_after", "own_before", "own_after", "moved"]
+    return clips.iloc[np.lexsort((-gain, -clips["moved"]))][columns].reset_index(drop=True)
+
+
+def _class_shifts(clips: "pd.DataFrame") -> "pd.DataFrame":
+    "A row for each class: recall (share named rightly), share of own neighbours, movement; most changed first."
+    groups = clips.dropna(subset="label").groupby("label", sort=False)
+    names = {"right_before": "recall_before", "right_after": "recall_after"}
+    means = groups[[*names, "own_before", "own_after", "moved"]].mean().rename(columns=names).reset_index()
+    means.insert(1, "clips", groups.size().to_numpy())
+    order = (means["recall_after"] - means["recall_before"]).abs() + 1e-6 * means["moved"]
+    return means.iloc[np.argsort(-order, kind="stable")].reset_index(drop=True)
+
+
+def _confusion_shifts(comparison: "Comparison", pairs: list[tuple[Result, Result]]) -> "pd.DataFrame":
+    "A row for each confusion that occurs, with its counts; what went away first."
+    import pandas as pd
+
+    names, truth, counts = comparison.experiment.classes, comparison.labels, {}
+    for i, pair in itertools.product((0, 1), pairs):
+        for y, guess in zip(truth.tolist(), pair[i].predicted.tolist(), strict=True):
+            if y >= 0 and guess >= 0 and y != guess:
+                counts.setdefault((names[y], names[guess]), [0, 0])[i] += 1
+    rows = [(*who, *n, n[1] - n[0]) for who, n in counts.items()]
+    frame = pd.DataFrame(rows, columns=["true", "predicted", "before", "after", "difference"])
+    return frame.sort_values(["difference", "before"], ascending=[True, False], kind="stable", ignore_index=True)
+
+# %% ../nbs/23_lab.ipynb #8fa9e25f
+class _Pictures:
+    "A comparison, drawn."
+
+    def plot(
+        self,
+        colour: str = "label", # the column that colours the clips: label, pitch, speaker, fold, …
+        settings: Sequence[str] | None = None, # rows of the table, in this order; None: all, and the floor
+        seed: int | None = None, # which training of each; None: the first
+    ): # Figure
+        "Maps of the held-out clips that can be compared, with numbers under each."
+        from audiomaepp.plots import plot_maps
+
+        if colour not in self.held_out:
+            raise ValueError(f"colour={colour!r} is no column; one of {', '.join(self.held_out.columns)} would do")
+        shown = {row: self.results_of(row, seed)[0] for row in settings or self.table.index.drop(CHANCE)}
+        maps = self._aligned(shown)
+        panels = [(row, maps[row], _numbers(result.scores) | {"trust": maps.trustworthiness[row]})
+                  for row, result in shown.items()]
+        by_label = colour == "label"
+        seeds = {result.seed for result in shown.values() if result is not self.floor}
+        title = self.experiment.source + f", seed {min(seeds)}" * (len(self.experiment.seeds) > 1 and len(seeds) == 1)
+        return plot_maps(panels, self.labels if by_label else self.held_out[colour].to_numpy(), title,
+                         held_out=self.experiment.protocol, names=self.experiment.classes if by_label else None,
+                         legend="" if by_label else colour)
+
+    def _aligned(self, shown: dict[str, Result]):
+        "The maps of some results; drawn once."
+        from audiomaepp.plots import aligned_umap
+
+        key = tuple((row, result.seed) for row, result in shown.items())
+        if key not in self.maps:
+            self.maps[key] = aligned_umap({row: result.x for row, result in shown.items()})
+        return self.maps[key]
+
+    def curves(self, columns: Sequence[str] | None = None): # Figure
+        "Every loss and every held-out score on the way, a line for each setting."
+        from audiomaepp.plots import plot_histories
+
+        runs = {name: [h.rows for (setting, _), h in self.histories.items() if setting == name]
+                for name in self.experiment.settings}
+        return plot_histories({name: rows for name, rows in runs.items() if rows}, columns)
+
+
+def _numbers(scores: dict[str, float]) -> dict[str, float]:
+    "What stands under a map."
+    return {MEASURES[name]: scores[name] for name in ("knn", "linear", "rankme") if name in scores}
+
+# %% ../nbs/23_lab.ipynb #86029c34
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --soft: #6b6b70; --line: #d9d9de; --card: #f5f5f7 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececf0; --paper: #161618; --soft: #a0a0a8; --line: #3a3a40; --card: #222226 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
+  margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+p, li { max-width: 44rem } ul { padding-left: 1.2rem } .soft, caption { color: var(--soft); font-size: .9rem }
+.wide { overflow-x: auto; margin: .7rem 0 } table { border-collapse: collapse; font-size: .88rem;
+  font-variant-numeric: tabular-nums } caption { text-align: left; padding: .2rem .6rem }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper) }
+img { background: #fff; border-radius: .5rem; display: block; max-width: 100%; min-width: min(34rem, 150vw) }
+pre { background: var(--card); padding: .8rem; border-radius: .5rem; overflow-x: auto; font-size: .82rem }
+"""
+
+
+def _page(title: str, sections: dict[str, str]) -> str:
+    "A page of sections, HTML under their headings."
+    body = "".join(f"<section><h2>{html.escape(head)}</h2>{text}</section>" for head, text in sections.items() if text)
+    title = html.escape(title)
+    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_STYLE}</style>")
+    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
+
+
+def _picture(figure, says: str) -> str:
+    "A figure inside the page."
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    source = base64.b64encode(png.getvalue()).decode()
+    return f'<div class="wide"><img alt="{html.escape(says)}" src="data:image/png;base64,{source}"></div>'
+
+
+def _listed(lines: Iterable[str]) -> str:
+    "Lines as a list."
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+# %% ../nbs/23_lab.ipynb #1ccafa8d
+def _metadata(held_out: "pd.DataFrame", most: int = 3) -> list[str]:
+    "Columns that are worth a colour: several values, but not one for each clip, unless they are numbers."
+    found = []
+    for name in held_out.columns.drop(["path", "label"]):
+        values = held_out[name].dropna()
+        numbers = values.dtype.kind == "f" and (values != values.round()).any()
+        if (numbers and values.nunique() > 2) or 1 < values.nunique() <= min(12, len(values) // 2):
+            found.append(name)
+    return found[:most]
+
+
+def _repeat(experiment: Experiment) -> str:
+    "Python that runs the comparison again."
+    changed = Config.from_dict(experiment.base).diff()
+    options = dict(seeds=tuple(experiment.seeds), pooling=experiment.pooling) | experiment.split
+    lines = [f"{name}={value!r}," for name, value in options.items() if value is not None]
+    fields = ",\n        ".join(f"{name}={value!r}" for name, value in changed.items())
+    settings = pprint.pformat(experiment.settings, width=100, sort_dicts=False).replace("\n", "\n    ")
+    lines = [f"{experiment.source!r},", f"{settings},", *lines, f"base=Config(\n        {fields},\n    ),"]
+    return "\n".join(["compare_losses(", *(f"    {line}" for line in lines), ")"])
+
+# %% ../nbs/23_lab.ipynb #ac540782
+_PROTOCOL = (
+    "All settings start from the same initial weights (where they have the same layers) and see the same clips in the "
+    "same order; all training clips are fitted, and the last weights are taken.",
+    "Held-out clips choose nothing: no checkpoint and no setting. Whoever picks the best row of this table has chosen "
+    "on them, and needs other clips to say how good it is.",
+    "kNN-10: cosine, on vectors standardised on the training clips. Linear: softmax regression on the same vectors; "
+    "its penalty is chosen on an inner split of the training clips.",
+    "A star marks a best number that is ahead by more than half the 95 % Wilson interval of that many clips and by "
+    "more than the standard deviation over seeds.",
+    "Reconstruction errors are comparable only where masking, patches and front end are the same. Seconds are of the "
+    "training alone, without its measurements.",
+)
+
+
+class _Sections:
+    "The parts of a report that need some work."
+
+    def _map_pictures(self) -> Iterable[str]:
+        "The maps by label, if there are labels, and by other metadata."
+        columns = ["label"] if (self.labels >= 0).any() else []
+        for column in (columns + _metadata(self.held_out)) or ["label"]:
+            picture = _picture(self.plot(column), f"maps of held-out clips, coloured by {column}")
+            yield f'<p class="soft">by {html.escape(column)}</p>{picture}'
+
+    def _movement(self) -> str:
+        "From the first setting to the best of the others."
+        rows = self.table.drop([FLOOR, CHANCE])
+        if len(rows) < 2:
+            return ""
+        others = rows.iloc[1:]
+        best = others["knn"].idxmax() if "knn" in others else others.index[-1]
+        shift = self.shift(rows.index[0], best)
+        tables = "".join(f'<div class="wide">{_html_table(t, cells)}</div>' for t, cells in shift.parts().items())
+        return f"<p>{html.escape(str(shift._heading()))}</p>{tables}"
+
+    def _settings(self) -> str:
+        "What all share, and what each changes."
+        def shown(fields):
+            return ", ".join(f"{k}={_plain(v)}" for k, v in fields.items()) or "no change"
+
+        e = self.experiment
+        shared = shown(Config.from_dict(e.base).diff())
+        return f"<p>All: {html.escape(shared)}</p>" + _listed(f"{k}: {shown(v)}" for k, v in e.settings.items())
+
+# %% ../nbs/23_lab.ipynb #d6007836
+class _Report(_Sections):
+    "A comparison as one HTML file."
+
+    def to_html(
+        self,
+        path: str | os.PathLike, # the file to write
+        title: str = "What each setting does", # above everything
+        repeat: str = "", # the command that runs it again; the Python call when left out
+        pictures: bool = True, # maps and curves
+    ) -> Path:
+        "Write the table, the pictures, what moved, every setting, and how it was split and measured."
+        e = self.experiment
+        table = f'<div class="wide">{_html_table("", self._cells()).replace("<caption></caption>", "")}</div>'
+        sections = {
+            "Held-out clips": f"<p>{html.escape(self._heading())}</p>{table}{_listed(self.remarks())}",
+            "Maps": "".join(self._map_pictures()) if pictures else "",
+            "On the way": _picture(self.curves(), "curves") if pictures and self.histories else "",
+            "What moved": self._movement(),
+            "Settings": self._settings(),
+            "How it was measured": _listed(_PROTOCOL),
+            "Left out": _listed(f"{path}: {why}" for path, why in self.skipped) if self.skipped else "",
+            "Versions": f'<p class="soft">{html.escape(", ".join(f"{k} {v}" for k, v in e.versions.items()))}</p>',
+            "Again": f"<pre>{html.escape(repeat or _repeat(e))}</pre>",
+        }
+        write_atomic(path, _page(title, sections).encode())
+        return Path(path)
+
 # %% ../nbs/23_lab.ipynb #768d7708
 class _Files:
     "A comparison as a folder."
@@ -648,9 +979,9 @@ def _timeless(comparison: "Comparison") -> str:
     rows += [result.scores for result in comparison.results]
     return json.dumps([{k: v for k, v in row.items() if k not in timing} for row in rows])
 
-# %% ../nbs/23_lab.ipynb #085a85bf
+# %% ../nbs/23_lab.ipynb #3e5ba1cc
 @dataclass(eq=False, repr=False)
-class Comparison(_Text, _Files):
+class Comparison(_Text, _Shifts, _Pictures, _Report, _Files):
     "Several settings, trained alike and evaluated on the same held-out clips."
 
     experiment: Experiment # what was compared, on what
@@ -660,6 +991,7 @@ class Comparison(_Text, _Files):
     floor: Result # what log-mel statistics of the same clips give
     chance: float | None # accuracy of always guessing the most frequent class; None without labels
     skipped: Skipped # (path, reason) of what could not be read
+    maps: dict = field(default_factory=dict) # those drawn so far
 
     @property
     def labels(self) -> np.ndarray: # (m,) int64
@@ -695,7 +1027,7 @@ def _utf8(value) -> str | None:
     "A cell of a table as text that can be written: a file's name may hold bytes that are no UTF-8."
     return None if value is None or value != value else os.fsencode(str(value)).decode("utf-8", "replace")
 
-# %% ../nbs/23_lab.ipynb #76db528d
+# %% ../nbs/23_lab.ipynb #8f3d98a1
 def compare_losses(
     data, # what `open_recordings` opens, or a pair of such: (training part, held-out part)
     settings: Mapping[str, dict] | Sequence[dict] | None = None, # name → fields, or what `grid` gives; None: `LOSSES`
@@ -717,6 +1049,7 @@ def compare_losses(
     train, test, protocol = open_parts(data, experiment.base["sample_rate"], quiet, **how)
     experiment.protocol, experiment.source, experiment.classes = protocol, train.source, train.classes
     experiment.data = {"train": _digest(train), "held_out": _digest(test)}
+    experiment.split = _told(data, fold=fold, group=group, held_out=held_out, fraction=fraction, split_seed=split_seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out or temporary)
         _measure_floor(experiment, (train, test), folder)
@@ -731,6 +1064,18 @@ def _digest(recordings: Recordings) -> str:
     "A short word that changes with the samples, the labels and the order of the clips."
     facts = zip(clip_digests(recordings), recordings.table["label"].fillna(""), strict=True)
     return hashlib.sha256("\n".join(f"{word} {label}" for word, label in facts).encode()).hexdigest()[:16]
+
+
+def _told(data, **how) -> dict:
+    "How the data was split, as plain JSON types; nothing where it came in two parts."
+    if isinstance(data, tuple | list):
+        return {}
+    if chosen := [name for name in ("fold", "group", "held_out") if how[name] is not None]:
+        how = {chosen[0]: how[chosen[0]]}
+    if not isinstance(how.get("held_out", ""), str | None):
+        rows = np.asarray(how["held_out"])
+        how["held_out"] = (np.flatnonzero(rows) if rows.dtype == bool else rows).tolist()
+    return json.loads(json.dumps({name: value for name, value in how.items() if value is not None}, default=str))
 
 
 def _epochs(experiment: Experiment) -> int:

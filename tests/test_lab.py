@@ -274,19 +274,101 @@ def test_the_table_holds_mean_and_spread_over_seeds(comparison):
 
 
 def test_a_best_is_named_only_beyond_the_spread(comparison):
-    def planted(values):
+    def with_scores(values):
         results = [r for r in comparison.results if r.pooling == "mean"]
         copies = [lab.Result(**{**vars(r), "scores": {**r.scores, "knn": values[r.setting][r.seed]}}) for r in results]
         changed = Comparison(**{**vars(comparison), "results": copies})
         return next(v for v in changed.verdicts() if v.column == "knn"), str(changed)
 
     clips = len(comparison.held_out)
-    verdict, text = planted({"neither": (0.1, 0.1), "both": (0.9, 0.9)})
+    verdict, text = with_scores({"neither": (0.1, 0.1), "both": (0.9, 0.9)})
     assert verdict.clear and (verdict.best, verdict.second) == ("both · mean", "neither · mean") and "★ 0.90" in text
-    verdict, text = planted({"neither": (0.6, 0.6), "both": (0.7, 0.7)})
+    verdict, text = with_scores({"neither": (0.6, 0.6), "both": (0.7, 0.7)})
     assert not verdict.clear and f"{clips} held-out clips" in str(verdict) and "within the spread" in text
-    verdict, text = planted({"neither": (0.0, 1.0), "both": (1.0, 1.0)})
+    verdict, text = with_scores({"neither": (0.0, 1.0), "both": (1.0, 1.0)})
     assert not verdict.clear and "2 seeds" in str(verdict) and "★" not in text
+
+
+# ---- what moved
+
+
+def planted(comparison, **changes):
+    "A comparison of one seed and one pooling whose settings are copies, but for what is changed in `after`."
+    (base,) = (r for r in comparison.results if (r.setting, r.pooling, r.seed) == ("neither", "mean", 0))
+    copies = [lab.Result(**{**vars(base), "setting": "both", **changes})]
+    return Comparison(**{**vars(comparison), "results": [base, *copies], "maps": {}}), base
+
+
+def test_nothing_moves_from_a_setting_to_its_copy(comparison):
+    shift = planted(comparison)[0].shift("neither", "both")
+    assert shift.moved == 0 and (shift.clips["moved"] == 0).all() and (shift.confusions["difference"] == 0).all()
+    assert (shift.classes["recall_before"] == shift.classes["recall_after"]).all()
+
+
+def test_shift_tells_what_was_planted(comparison):
+    labels, names = comparison.labels, comparison.experiment.classes
+    before = planted(comparison)[1]
+    wrong = np.where(labels == 1, 0, labels) # before: every clip of class 1 is called class 0
+    right = labels.copy() # after: all are right, but for one of class 2
+    right[np.flatnonzero(labels == 2)[0]] = 3
+    nearest = before.nearest.copy()
+    nearest[0] = before.nearest[0] + 1000 # one clip has only new neighbours, another one half
+    nearest[1, :5] = before.nearest[1, :5] + 1000
+    changed, _ = planted(comparison, predicted=right, nearest=nearest)
+    changed.results[0] = lab.Result(**{**vars(before), "predicted": wrong})
+    shift = changed.shift("neither", "both")
+    n = int((labels == 1).sum())
+    assert shift.confusions.to_dict("records") == [
+        {"true": names[1], "predicted": names[0], "before": n, "after": 0, "difference": -n},
+        {"true": names[2], "predicted": names[3], "before": 0, "after": 1, "difference": 1},
+    ]
+    first = shift.classes.iloc[0]
+    assert (first["label"], first["recall_before"], first["recall_after"]) == (names[1], 0, 1)
+    assert shift.clips["path"].tolist()[:2] == comparison.held_out["path"].tolist()[:2]
+    assert shift.clips["moved"].tolist()[:3] == [1, 0.5, 0] and shift.moved == pytest.approx(1.5 / len(labels))
+    for text in (str(shift), shift._repr_html_()):
+        assert "confusions that went away" in text and names[1] in text
+
+
+def test_a_shift_compares_seed_with_seed_and_knows_the_usual_movement(comparison):
+    shift = comparison.shift("neither", "both · mean")
+    pairs = {seed: [comparison.results_of(row, seed)[0].nearest for row in ("neither", "both")] for seed in (0, 1)}
+    assert shift.seeds == [0, 1]
+    assert shift.moved == pytest.approx(np.mean([lab.moved_share(*pair) for pair in pairs.values()]))
+    between = [lab.moved_share(pairs[0][i], pairs[1][i]) for i in (0, 1)]
+    assert shift.usual == pytest.approx(np.mean(between)) and "between two seeds" in str(shift)
+    assert comparison.shift("neither", "both", seed=1).moved == pytest.approx(lab.moved_share(*pairs[1]).mean())
+    assert comparison.shift(FLOOR, "both").seeds == [0, 1]
+    for arguments, words in [(("neither", "non"), "non"), (("neither", "both", 7), "seed=7")]:
+        with pytest.raises(ValueError, match=words):
+            comparison.shift(*arguments)
+
+
+# ---- the report
+
+
+def test_the_report_is_one_page_that_says_it_all(comparison, tmp_path):
+    again = "audiomaepp lab --data x"
+    path = comparison.to_html(tmp_path / "report.html", "Losses <here>", repeat=again, pictures=False)
+    page = path.read_text(encoding="utf-8")
+    for words in [
+        "Losses &lt;here&gt;", again, comparison.experiment.protocol, FLOOR, "both · cls",
+        "use_uniformity_loss=False", "embed_dim=32", "confusions that went away", torch.__version__, "viewport",
+        "prefers-color-scheme: dark", *comparison.remarks(),
+    ]:  # fmt: skip
+        assert words in page, words
+    assert "http" not in page and "src=" not in page
+
+
+def test_the_call_in_the_report_makes_the_same_experiment(comparison, sounds, monkeypatch):
+    calls = []
+    call = lab._repeat(comparison.experiment)
+    eval(call, {"Config": Config, "compare_losses": lambda *args, **kwargs: calls.append((args, kwargs))})
+    ((_, settings), options) = calls[0]
+    again = lab.design(settings, options["seeds"], options["base"], options["pooling"])
+    for name in ("settings", "seeds", "base", "pooling"):
+        assert getattr(again, name) == getattr(comparison.experiment, name)
+    assert (options["fraction"], options["split_seed"]) == (0.4, 0)
 
 
 # ---- kept, killed, gone on with
