@@ -924,7 +924,7 @@ class _Report(_Sections):
         write_atomic(path, _page(title, sections).encode())
         return Path(path)
 
-# %% ../nbs/23_lab.ipynb #768d7708
+# %% ../nbs/23_lab.ipynb #436ece54
 class _Files:
     "A comparison as a folder."
 
@@ -958,10 +958,12 @@ class _Files:
             results += found
             if found:
                 histories[setting, seed] = history
-        (floor,), _ = _read_results(run_folder(folder, FLOOR, 0))
+        floor, _ = _read_results(run_folder(folder, FLOOR, 0))
+        if not floor:
+            raise ValueError(f"{folder} has no results yet; compare_losses with out={str(folder)!r} goes on with it")
         held_out = pd.read_parquet(path.with_name("held_out.parquet"))
         skipped = Skipped(map(tuple, facts["skipped"]))
-        return cls(experiment, held_out, results, histories, floor, facts["chance"], skipped)
+        return cls(experiment, held_out, results, histories, floor[0], facts["chance"], skipped)
 
     def same_as(self, other: "Comparison") -> bool:
         "Whether another comparison came to the same numbers, the time that they took left out."

@@ -314,6 +314,7 @@ def test_shift_tells_what_was_planted(comparison):
     nearest = before.nearest.copy()
     nearest[0] = before.nearest[0] + 1000 # one clip has only new neighbours, another one half
     nearest[1, :5] = before.nearest[1, :5] + 1000
+    nearest[2] = nearest[2, ::-1] # and one has the same in another order
     changed, _ = planted(comparison, predicted=right, nearest=nearest)
     changed.results[0] = lab.Result(**{**vars(before), "predicted": wrong})
     shift = changed.shift("neither", "both")
@@ -381,8 +382,15 @@ def test_saved_and_loaded_it_is_the_same(comparison, tmp_path):
     pd.testing.assert_frame_equal(again.table, comparison.table)
     pd.testing.assert_frame_equal(again.held_out, comparison.held_out)
     assert str(again) == str(comparison) and again.skipped == comparison.skipped
-    again.results[0].x[0, 0] += 1e-6
-    assert not again.same_as(comparison)
+    for change in (
+        lambda other: other.results[0].x.__setitem__((0, 0), 9),
+        lambda other: other.results[1].scores.update(knn=0.123),
+        lambda other: other.histories["both", 1].rows[-1].update(loss=0.5),
+    ):
+        change(other := Comparison.load(tmp_path / "new" / "folder"))
+        assert not other.same_as(comparison)
+    again.results[0].scores["seconds"] = again.histories["both", 1].rows[0]["seconds"] = 99
+    assert again.same_as(comparison)
     with pytest.raises(FileNotFoundError, match="comparison.json"):
         Comparison.load(tmp_path)
 
