@@ -421,11 +421,11 @@ def run_folder(
     "Where a training of a comparison lies."
     return Path(folder) / _slug(setting) / f"seed{seed}"
 
-# %% ../nbs/23_lab.ipynb #94fedac7
+# %% ../nbs/23_lab.ipynb #ea6e626f
 _ARRAYS = ("x", "nearest", "own", "predicted")
 
 
-def _write_results(folder: Path, results: list[Result], history: History):
+def _write_results(folder: Path, results: list[Result], history: History, failed: str = ""):
     "Keep what is known of a training; results.json comes last, so that it is there only if all is."
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{i}.{name}": getattr(result, name) for i, result in enumerate(results) for name in _ARRAYS}
@@ -434,23 +434,26 @@ def _write_results(folder: Path, results: list[Result], history: History):
         file.seek(0)
         write_atomic(folder / "results.npz", file.read())
     facts = [{k: v for k, v in vars(result).items() if k not in _ARRAYS} for result in results]
-    text = json.dumps({"results": facts, "history": history.rows}, indent=1)
+    text = json.dumps({"results": facts, "history": history.rows, "failed": failed}, indent=1)
     write_atomic(folder / "results.json", text.encode() + b"\n")
 
 
-def _read_results(folder: Path) -> tuple[list[Result], History]:
-    "Read back what `_write_results` wrote; nothing where a training is not finished."
-    if not (folder / "results.json").exists():
-        return [], History()
+def _is_finished(folder: Path) -> bool:
+    "Whether a training has come to an end, good or bad."
+    return (folder / "results.json").exists()
+
+
+def _read_results(folder: Path) -> tuple[list[Result], History, str]:
+    "Read back what `_write_results` wrote."
     facts = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     with np.load(folder / "results.npz") as arrays:
         results = [
             Result(**fields, **{name: arrays[f"{i}.{name}"] for name in _ARRAYS})
             for i, fields in enumerate(facts["results"])
         ]
-    return results, History(facts["history"])
+    return results, History(facts["history"]), facts["failed"]
 
-# %% ../nbs/23_lab.ipynb #594ae81f
+# %% ../nbs/23_lab.ipynb #646e9cc4
 MEASURES = {
     "knn": "kNN-10", "linear": "linear", "alignment": "alignment", "uniformity": "uniformity", "rankme": "RankMe",
     "reconstruction": "reconstruction", "seconds": "seconds",
@@ -468,7 +471,8 @@ class _Tables:
 
         rows = [dict(setting=r.setting, pooling=r.pooling, seed=r.seed, **r.scores, warning=r.warning)
                 for r in self.results]
-        return pd.DataFrame(rows, columns=list(dict.fromkeys(["setting", *(k for row in rows for k in row)])))
+        first = ("setting", "pooling", "seed") # there even where no training is finished
+        return pd.DataFrame(rows, columns=list(dict.fromkeys([*first, *(name for row in rows for name in row)])))
 
     @property
     def table(self) -> "pd.DataFrame":
@@ -493,8 +497,7 @@ class _Tables:
     @property
     def unfinished(self) -> list[tuple[str, int]]:
         "Trainings that have no result yet, as (setting, seed)."
-        done = {(result.setting, result.seed) for result in self.results}
-        return [run for run in self.experiment.runs() if run not in done]
+        return [run for run in self.experiment.runs() if run not in self.histories]
 
 # %% ../nbs/23_lab.ipynb #722d25a3
 @dataclass
@@ -521,7 +524,7 @@ class Verdict:
             return f"{name}: {self.best} is best, {self.gap:.2g} better than {self.second} (more than {low})"
         return f"{name}: {self.best} leads {self.second} by {self.gap:.2g}, which is within the spread ({low})"
 
-# %% ../nbs/23_lab.ipynb #de4691a5
+# %% ../nbs/23_lab.ipynb #39494297
 _MASKING = ("mask_ratio", "mask_mode", "norm_pix_loss", "patch_size", "img_size", "frontend", "normalize")
 
 
@@ -531,6 +534,8 @@ class _Verdicts:
     def verdicts(self) -> list[Verdict]:
         "For each column that has a better side: which row is best, and whether that is more than chance."
         rows = self.table.drop([FLOOR, CHANCE])
+        if len(rows) < 2:
+            return []
         found = [self._verdict(rows, name, 1) for name in _ACCURACIES if name in rows]
         masked_alike = not any(name in fields for fields in self.experiment.settings.values() for name in _MASKING)
         if masked_alike and len(self.experiment.seeds) > 1:
@@ -554,7 +559,9 @@ class _Verdicts:
     def remarks(self) -> list[str]:
         "Sentences that belong below the table."
         words = [str(verdict) for verdict in self.verdicts()]
-        words += [f"{name}: {text}" for name, text in self.table["warning"].dropna().items() if text]
+        warned = self.scores.groupby("setting", sort=False) if self.results else {}
+        words += [f"{name}: {text}" for name, part in warned for text in part["warning"].unique() if text]
+        words += [f"{setting} (seed {seed}) failed: {why}" for (setting, seed), why in self.failed.items()]
         if self.unfinished:
             words.append("not finished: " + ", ".join(f"{setting} (seed {seed})" for setting, seed in self.unfinished))
         if self.skipped:
@@ -924,7 +931,7 @@ class _Report(_Sections):
         write_atomic(path, _page(title, sections).encode())
         return Path(path)
 
-# %% ../nbs/23_lab.ipynb #436ece54
+# %% ../nbs/23_lab.ipynb #4c13dbaf
 class _Files:
     "A comparison as a folder."
 
@@ -937,7 +944,8 @@ class _Files:
         _write_results(run_folder(folder, FLOOR, 0), [self.floor], History())
         for (setting, seed), history in self.histories.items():
             results = [r for r in self.results if (r.setting, r.seed) == (setting, seed)]
-            _write_results(run_folder(folder, setting, seed), results, history)
+            failed = self.failed.get((setting, seed), "")
+            _write_results(run_folder(folder, setting, seed), results, history, failed)
 
     @classmethod
     def load(
@@ -952,18 +960,18 @@ class _Files:
             raise FileNotFoundError(f"{path} is missing; the folder of a comparison would do")
         facts = json.loads(path.read_text(encoding="utf-8"))
         experiment = Experiment(**facts["experiment"])
-        results, histories = [], {}
-        for setting, seed in experiment.runs():
-            found, history = _read_results(run_folder(folder, setting, seed))
-            results += found
-            if found:
-                histories[setting, seed] = history
-        floor, _ = _read_results(run_folder(folder, FLOOR, 0))
-        if not floor:
+        results, histories, failed = [], {}, {}
+        for run in experiment.runs():
+            if _is_finished(at := run_folder(folder, *run)):
+                found, histories[run], why = _read_results(at)
+                results += found
+                failed |= {run: why} if why else {}
+        if not _is_finished(run_folder(folder, FLOOR, 0)):
             raise ValueError(f"{folder} has no results yet; compare_losses with out={str(folder)!r} goes on with it")
+        (floor,), *_ = _read_results(run_folder(folder, FLOOR, 0))
         held_out = pd.read_parquet(path.with_name("held_out.parquet"))
         skipped = Skipped(map(tuple, facts["skipped"]))
-        return cls(experiment, held_out, results, histories, floor[0], facts["chance"], skipped)
+        return cls(experiment, held_out, results, histories, floor, facts["chance"], skipped, failed)
 
     def same_as(self, other: "Comparison") -> bool:
         "Whether another comparison came to the same numbers, the time that they took left out."
@@ -981,7 +989,7 @@ def _timeless(comparison: "Comparison") -> str:
     rows += [result.scores for result in comparison.results]
     return json.dumps([{k: v for k, v in row.items() if k not in timing} for row in rows])
 
-# %% ../nbs/23_lab.ipynb #3e5ba1cc
+# %% ../nbs/23_lab.ipynb #1bc3e3f0
 @dataclass(eq=False, repr=False)
 class Comparison(_Text, _Shifts, _Pictures, _Report, _Files):
     "Several settings, trained alike and evaluated on the same held-out clips."
@@ -993,6 +1001,7 @@ class Comparison(_Text, _Shifts, _Pictures, _Report, _Files):
     floor: Result # what log-mel statistics of the same clips give
     chance: float | None # accuracy of always guessing the most frequent class; None without labels
     skipped: Skipped # (path, reason) of what could not be read
+    failed: dict[tuple[str, int], str] # why a training has no results, by (setting, seed)
     maps: dict = field(default_factory=dict) # those drawn so far
 
     @property
@@ -1084,7 +1093,7 @@ def _epochs(experiment: Experiment) -> int:
     "Of all trainings together."
     return sum(experiment.config(*run).epochs for run in experiment.runs())
 
-# %% ../nbs/23_lab.ipynb #19ec1ace
+# %% ../nbs/23_lab.ipynb #c52740f6
 def _measure_floor(experiment: Experiment, parts: tuple[Recordings, Recordings], folder: Path):
     "Begin the folder, and score log-mel statistics."
     train, test = parts
@@ -1092,7 +1101,7 @@ def _measure_floor(experiment: Experiment, parts: tuple[Recordings, Recordings],
     known = all((y >= 0).any() for y in labels)
     facts = dict(chance=chance(*labels) if known else None, skipped=list(train.skipped))
     begin(folder, experiment, test.table, facts)
-    if not _read_results(run_folder(folder, FLOOR, 0))[0]:
+    if not _is_finished(run_folder(folder, FLOOR, 0)):
         features = tuple(floor_features(part.at_rate(16000), range(len(part))) for part in parts)
         floor = Result.of((FLOOR, "", 0), features, labels)
         _write_results(run_folder(folder, FLOOR, 0), [floor], History())
@@ -1106,19 +1115,24 @@ def _measure(
     bar: tqdm, # counts epochs
 ):
     "Train and embed what has no result yet."
-    cfg, at = experiment.config(*run), run_folder(folder, *run)
-    first = bar.n
-    if not _read_results(at)[0]:
-        model, history = _train(cfg, at, parts, wants_pairs(experiment, parts[0]), bar)
-        last = history.rows[-1]
-        more = dict(reconstruction=last["heldout_reconstruction"], seconds=last["seconds"])
-        results = [
-            Result.of((run[0], mode, run[1]), tuple(_embed(model, part, mode) for part in parts),
-                      tuple(part.labels for part in parts), **more)
-            for mode in experiment.poolings(run[0])
-        ]
-        _write_results(at, results, history)
+    cfg, at, first = experiment.config(*run), run_folder(folder, *run), bar.n
+    if not _is_finished(at):
+        try:
+            model, history = _train(cfg, at, parts, wants_pairs(experiment, parts[0]), bar)
+            _write_results(at, _results(experiment, run, model, parts, history), history)
+        except FloatingPointError as error: # the others can be compared all the same
+            _write_results(at, [], History(), str(error))
     bar.update(first + cfg.epochs - bar.n)
+
+
+def _results(experiment: Experiment, run: tuple[str, int], model: AudioMAEPlusPlus, parts, history) -> list[Result]:
+    "Embed every clip in every way, and score it."
+    last, labels = history.rows[-1], tuple(part.labels for part in parts)
+    more = dict(reconstruction=last["heldout_reconstruction"], seconds=last["seconds"])
+    return [
+        Result.of((run[0], mode, run[1]), tuple(_embed(model, part, mode) for part in parts), labels, **more)
+        for mode in experiment.poolings(run[0])
+    ]
 
 
 def _embed(model: AudioMAEPlusPlus, recordings: Recordings, pooling: str) -> np.ndarray: # (n, D)

@@ -255,6 +255,35 @@ def test_a_planted_collapse_is_reported(sounds, monkeypatch):
     assert "collapsed" not in str(healthy)
 
 
+def test_a_training_that_diverges_is_reported_and_the_others_are_compared(sounds, tmp_path, monkeypatch):
+    def fit(self, *args, **kwargs):
+        if self.cfg.use_uniformity_loss:
+            raise FloatingPointError("the loss is nan at step 3; base_lr below 1 may help")
+        return whole(self, *args, **kwargs)
+
+    whole = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", fit)
+    result = compare_losses(sounds, TWO, base=config(epochs=1), out=tmp_path / "out", quiet=True)
+    assert list(result.table.index) == ["neither", FLOOR, CHANCE] and not result.unfinished
+    assert "both (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help" in str(result)
+    result.save(tmp_path / "saved")
+    assert Comparison.load(tmp_path / "saved").failed == result.failed
+
+
+def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, tmp_path):
+    comparison.save(tmp_path)
+    for path in tmp_path.rglob("seed*/results.json"):
+        if path.parent != lab.run_folder(tmp_path, FLOOR, 0):
+            path.unlink()
+    halfway = Comparison.load(tmp_path)
+    assert list(halfway.table.index) == [FLOOR, CHANCE] and len(halfway.scores) == 0
+    assert len(halfway.unfinished) == 4 and "not finished: neither (seed 0)" in str(halfway) + halfway._repr_html_()
+    assert "not finished" in halfway.to_html(tmp_path / "report.html", pictures=False).read_text()
+    lab.run_folder(tmp_path, FLOOR, 0).joinpath("results.json").unlink()
+    with pytest.raises(ValueError, match="goes on with it"):
+        Comparison.load(tmp_path)
+
+
 # ---- the table
 
 
