@@ -365,8 +365,9 @@ def windows(
     padded = F.pad(wav, (0, (n - 1) * hop + size - len(wav)))
     return padded.unfold(0, size, hop), (len(wav) - firsts).clamp(max=size)
 
-# %% ../nbs/10_audio.ipynb #4486fe57
+# %% ../nbs/10_audio.ipynb #ff6e81d3
 _STD_FLOOR = 0.1 # of a clip's log spectrum, which is 1 and more for a clip that can be heard
+_SILENT = -1.0 # what a frame without sound becomes under "band": two deviations below the mean
 _FURTHEST = 20.0 # no value of a spectrogram lies further out
 _LOUDEST = 1e9 # full scale is 1; float files hold anything, and the power must not overflow
 _BLOCK = 8 # clips at a time on a CPU, whose cache does not hold more frames
@@ -374,19 +375,23 @@ _BLOCK = 8 # clips at a time on a CPU, whose cache does not hold more frames
 
 def standardise_spec(
     spec: torch.Tensor, # (B, frames, n_mels) log spectrogram
-    normalize: str = "clip", # "clip": each by its own mean and deviation; "dataset": all by `spec_mean` and `spec_std`
+    normalize: str = "clip", # "clip": by its own mean and deviation; "dataset": all alike; "band": by its bands' means
     spec_mean: float = 0.0, # mean over a data set
     spec_std: float = 1.0, # standard deviation over a data set
 ) -> torch.Tensor: # (B, frames, n_mels), no value beyond ±20
     "Standardised spectrograms: `(x - mean) / std` of each clip, or AudioMAE's `(x - mean) / (2·std)` of a data set."
     if normalize == "dataset":
         spec = (spec - spec_mean) / (2 * spec_std)
+    elif normalize == "band":
+        sounds = (spec.amax(2, keepdim=True) > spec.amin(2, keepdim=True)).float()  # (B, frames, 1)
+        mean = (spec * sounds).sum(1, keepdim=True) / sounds.sum(1, keepdim=True).clamp(min=1)
+        spec = torch.where(sounds > 0, (spec - mean) / (2 * spec_std), _SILENT)
     else:
         std, mean = torch.std_mean(spec, (1, 2), keepdim=True)
         spec = (spec - mean) / std.clamp(min=_STD_FLOOR)
     return spec.clamp(-_FURTHEST, _FURTHEST)
 
-# %% ../nbs/10_audio.ipynb #7cf9e200
+# %% ../nbs/10_audio.ipynb #2b400c34
 class FrontEnd(nn.Module):
     "Waveforms to standardised spectrograms; subclasses say how in `log_spectrum`."
 
@@ -396,13 +401,13 @@ class FrontEnd(nn.Module):
         mel: torch.Tensor, # (fft bins, n_mels) sums bins into bands
         num_frames: int, # frames of a spectrogram
         hop_length: int, # samples from frame to frame
-        normalize: str, # "clip" or "dataset"
+        normalize: str, # "clip", "dataset" or "band"
         spec_mean: float, # of the data set
         spec_std: float, # of the data set
     ):
         super().__init__()
-        if normalize not in ("clip", "dataset"):
-            raise ValueError(f"normalize {normalize!r} is not known; 'clip' or 'dataset' would do")
+        if normalize not in ("clip", "dataset", "band"):
+            raise ValueError(f"normalize {normalize!r} is not known; 'clip', 'dataset' or 'band' would do")
         self.num_frames, self.hop_length = num_frames, hop_length
         self.normalize, self.spec_mean, self.spec_std = normalize, spec_mean, spec_std
         self.register_buffer("window", window.float(), persistent=False)
@@ -437,7 +442,7 @@ class FrontEnd(nn.Module):
         shape = f"num_frames={self.num_frames}, n_mels={self.mel.shape[1]}"
         return f"{shape}, hop_length={self.hop_length}, normalize={self.normalize!r}"
 
-# %% ../nbs/10_audio.ipynb #c5df4a79
+# %% ../nbs/10_audio.ipynb #3d40ea57
 class LogMel(FrontEnd):
     """Log-mel spectrograms as AudioMAE++ computes them (HTK mel bands without area norm, power 2).
 
@@ -454,9 +459,9 @@ class LogMel(FrontEnd):
         hop_length: int = 160, # samples from frame to frame
         f_min: float = 50.0, # Hz, lower edge of the lowest band
         f_max: float = 8000.0, # Hz, upper edge of the highest band
-        normalize: str = "clip", # "clip" or "dataset"
+        normalize: str = "clip", # "clip", "dataset" or "band"
         spec_mean: float = -4.2677393, # of the data set, for "dataset"
-        spec_std: float = 4.5689974, # of the data set, for "dataset"
+        spec_std: float = 4.5689974, # of the data set, for "dataset" and "band"
     ):
         if num_frames * hop_length <= n_fft // 2:
             enough = n_fft // 2 // hop_length + 1
@@ -484,7 +489,7 @@ def _silence_padding(wav: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     "`wav` with zeros behind each clip's length."
     return wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
 
-# %% ../nbs/10_audio.ipynb #8ecde6e7
+# %% ../nbs/10_audio.ipynb #57c6c1b9
 class Fbank(FrontEnd):
     """Kaldi filter banks as AudioMAE computes them, of a whole batch at once.
 
@@ -501,9 +506,9 @@ class Fbank(FrontEnd):
         hop_length: int = 160, # samples from frame to frame
         f_min: float = 20.0, # Hz, lower edge of the lowest band
         f_max: float = 8000.0, # Hz, upper edge of the highest band
-        normalize: str = "dataset", # "clip" or "dataset"
+        normalize: str = "dataset", # "clip", "dataset" or "band"
         spec_mean: float = -4.2677393, # of the data set, for "dataset"; AudioSet's
-        spec_std: float = 4.5689974, # of the data set, for "dataset"; AudioSet's
+        spec_std: float = 4.5689974, # of the data set, for "dataset" and "band"; AudioSet's
     ):
         _import_torchaudio()
         from torchaudio.compliance.kaldi import get_mel_banks

@@ -156,7 +156,7 @@ class _Losses:
         _need_choice("embedding_norm", self.embedding_norm, ("none", "batch"))
         _need_choice("views", self.views, (1, 2))
 
-# %% ../nbs/00_config.ipynb #4cc955ee
+# %% ../nbs/00_config.ipynb #f8eafdb0
 @dataclass(frozen=True, kw_only=True)
 class _FrontEnd:
     "Front end"
@@ -167,13 +167,13 @@ class _FrontEnd:
     hop_length: int = 160 # samples from frame to frame
     f_min: float = 50.0 # Hz, lower edge of the lowest band
     f_max: float = 8000.0 # Hz, upper edge of the highest band
-    normalize: Literal["clip", "dataset"] = "clip" # standardise each clip by itself, or all by spec_mean and spec_std
+    normalize: Literal["clip", "dataset", "band"] = "clip" # standardise by clip, all alike, or each band of a clip
     spec_mean: float = -4.2677393 # mean of the data set's spectrograms (AudioSet's), for normalize="dataset"
-    spec_std: float = 4.5689974 # their standard deviation (AudioSet's), for normalize="dataset"
+    spec_std: float = 4.5689974 # their standard deviation (AudioSet's), for normalize="dataset" and "band"
 
     def _check(self):
         _need_choice("frontend", self.frontend, ("logmel", "fbank"))
-        _need_choice("normalize", self.normalize, ("clip", "dataset"))
+        _need_choice("normalize", self.normalize, ("clip", "dataset", "band"))
         for field in ("sample_rate", "n_fft", "win_length", "hop_length"):
             _need_int(field, getattr(self, field))
         if self.win_length > self.n_fft:
@@ -185,11 +185,15 @@ class _FrontEnd:
         _need_float("spec_mean", self.spec_mean, float("-inf"), float("inf"), "-4.27 is AudioSet's", True, True)
         _need_float("spec_std", self.spec_std, 0, float("inf"), "4.57 is AudioSet's", True, True)
 
-# %% ../nbs/00_config.ipynb #fbd8e795
+# %% ../nbs/00_config.ipynb #d028565a
 @dataclass(frozen=True, kw_only=True)
 class _Augmentation:
     "Augmentation while training"
     random_crop: bool = True # train on a window at a random place in the clip, else on its beginning
+    roll: bool = False # let a clip begin at a random place and go round
+    stretch_time: float = 0.0 # make a spectrogram slower or faster at random by up to this part
+    stretch_mel: float = 0.0 # spread or squeeze its bands at random by up to this part
+    shift_mel: float = 0.0 # move it up or down at random by up to this many bands
     gain_db: float = 0.0 # change the level at random by up to this many dB
     mix: float = 0.0 # probability that a clip is mixed with another one of the batch
     spec_time_mask: int = 0 # most frames that SpecAugment blanks in a spectrogram
@@ -197,6 +201,9 @@ class _Augmentation:
 
     def _check(self):
         _need_float("gain_db", self.gain_db, 0, 60, "6 changes the level by up to 6 dB, 0 is off")
+        for field in ("stretch_time", "stretch_mel"):
+            _need_float(field, getattr(self, field), 0, 1, "0.1 changes it by up to a tenth, 0 is off")
+        _need_float("shift_mel", self.shift_mel, 0, self.img_size[1], "3 moves it by up to three bands, 0 is off")
         _need_float("mix", self.mix, 0, 1, "0.5 mixes every second clip, 0 is off")
         for field, most in (("spec_time_mask", self.img_size[0]), ("spec_freq_mask", self.img_size[1])):
             _need_int(field, getattr(self, field), least=0)

@@ -6,10 +6,11 @@
 __all__ = ['TRAIN_NAMES', 'TEST_NAMES', 'SOUNDS', 'Skipped', 'Recordings', 'open_recordings', 'synthesize', 'split',
            'drop_unreadable', 'ClipLoader', 'make_loader', 'Augment', 'augment']
 
-# %% ../nbs/11_data.ipynb #62f90582
+# %% ../nbs/11_data.ipynb #5ff27823
 import csv
 import html
 import io
+import math
 import os
 import re
 from collections import defaultdict
@@ -790,7 +791,7 @@ def make_loader(
     "Batches of `cfg.batch_size` clips of `cfg.clip_samples` samples, for training or for looking at."
     return ClipLoader(recordings, cfg, train, seed, pairs)
 
-# %% ../nbs/11_data.ipynb #ea703665
+# %% ../nbs/11_data.ipynb #4978be0d
 def _mix(wav: torch.Tensor, probability: float) -> torch.Tensor: # (B, samples)
     "Each clip, with `probability`, with another one of the batch behind it."
     if len(wav) < 2:
@@ -806,6 +807,27 @@ def _gain(wav: torch.Tensor, decibels: float) -> torch.Tensor: # (B, samples)
     "Each clip louder or softer by up to `decibels`."
     return wav * 10 ** (decibels * (2 * torch.rand(len(wav), 1, device=wav.device) - 1) / 20)
 
+def _roll(wav: torch.Tensor) -> torch.Tensor: # (B, samples)
+    "Each clip from a random place on, its beginning behind its end."
+    firsts = (torch.rand(len(wav)) * wav.shape[1]).long()
+    return torch.stack([clip.roll(-int(first)) for clip, first in zip(wav, firsts, strict=True)])
+
+# %% ../nbs/11_data.ipynb #04546899
+def _warp(
+    spec: torch.Tensor, # (B, chans, time, mel)
+    time: float, # slower or faster by up to this part
+    mel: float, # bands spread or squeezed by up to this part
+    shift: float, # bands up or down at most
+) -> torch.Tensor: # the same shape
+    "Stretch and move each spectrogram at random."
+    draws = 2 * torch.rand(5, len(spec), device=spec.device) - 1
+    time, mel = (torch.exp(draw * math.log1p(most)) for draw, most in zip(draws[:2], (time, mel), strict=True))
+    theta = spec.new_zeros(len(spec), 2, 3) # rows: bands, time; from -1 to 1 across the picture
+    theta[:, 0, 0], theta[:, 0, 2] = mel, draws[2] * (1 - mel).abs() + draws[3] * 2 * shift / spec.shape[3]
+    theta[:, 1, 1], theta[:, 1, 2] = time, draws[4] * (1 - time).abs()
+    grid = nn.functional.affine_grid(theta, spec.shape, align_corners=False)
+    return nn.functional.grid_sample(spec, grid, padding_mode="border", align_corners=False)
+
 # %% ../nbs/11_data.ipynb #1039db06
 def _blank(
     spec: torch.Tensor, # (B, chans, time, mel)
@@ -820,7 +842,7 @@ def _blank(
     at = torch.arange(size, device=spec.device).view([-1 if d == dim else 1 for d in range(4)])
     return torch.where((at >= first) & (at < first + width), spec.mean((1, 2, 3), keepdim=True), spec)
 
-# %% ../nbs/11_data.ipynb #376c7644
+# %% ../nbs/11_data.ipynb #b8de2af3
 class Augment(nn.Module):
     "The augmentations that a config switches on: `wav` on waveforms, `spec` on spectrograms, or around a front end."
 
@@ -829,13 +851,18 @@ class Augment(nn.Module):
         self.cfg, self.frontend = cfg, frontend
 
     def wav(self, wav: torch.Tensor) -> torch.Tensor: # (B, samples) -> the same
-        "Mixing and gain."
+        "Rolling, mixing and gain."
+        if self.training and self.cfg.roll:
+            wav = _roll(wav)
         if self.training and self.cfg.mix:
             wav = _mix(wav, self.cfg.mix)
         return _gain(wav, self.cfg.gain_db) if self.training and self.cfg.gain_db else wav
 
     def spec(self, spec: torch.Tensor) -> torch.Tensor: # (B, chans, time, mel) -> the same
-        "SpecAugment."
+        "Stretching, then SpecAugment."
+        cfg = self.cfg
+        if self.training and (cfg.stretch_time or cfg.stretch_mel or cfg.shift_mel):
+            spec = _warp(spec, cfg.stretch_time, cfg.stretch_mel, cfg.shift_mel)
         for dim, widest in ((2, self.cfg.spec_time_mask), (3, self.cfg.spec_freq_mask)):
             if self.training and widest:
                 spec = _blank(spec, widest, dim)
@@ -849,7 +876,7 @@ class Augment(nn.Module):
 
 
 def augment(
-    cfg: Config, # mix, gain_db, spec_time_mask, spec_freq_mask: 0 is off
+    cfg: Config, # roll, stretch_time, stretch_mel, shift_mel, mix, gain_db, spec_time_mask, spec_freq_mask: 0 is off
     frontend: nn.Module | None = None, # turns (B, samples) into (B, 1, time, mel)
 ) -> Augment:
     "The augmentations of a config, as one module."
