@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'FLOOR', 'CHANCE', 'MEASURES', 'validation_rows', 'probe_loader', 'Validation', 'floor_features', 'grid',
            'name_settings', 'clip_digests', 'without_copies', 'open_parts', 'Experiment', 'differences', 'design',
            'wants_pairs', 'Result', 'nearest_rows', 'run_folder', 'Verdict', 'Shift', 'moved_share', 'Comparison',
-           'begin', 'compare_losses']
+           'compare_losses']
 
 # %% ../nbs/23_lab.ipynb #1ace03d9
 import base64
@@ -453,7 +453,7 @@ def _read_results(folder: Path) -> tuple[list[Result], History, str]:
         ]
     return results, History(facts["history"]), facts["failed"]
 
-# %% ../nbs/23_lab.ipynb #646e9cc4
+# %% ../nbs/23_lab.ipynb #bc1e0dfb
 MEASURES = {
     "knn": "kNN-10", "linear": "linear", "alignment": "alignment", "uniformity": "uniformity", "rankme": "RankMe",
     "reconstruction": "reconstruction", "seconds": "seconds",
@@ -486,7 +486,7 @@ class _Tables:
                 row |= {name: part[name].mean(), f"{name}_sd": part[name].std()}
             warning = "; ".join(dict.fromkeys(filter(None, part["warning"])))
             rows[self.row_name(setting, pooling)] = row | {"warning": warning}
-        rows[FLOOR] = {name: self.floor.scores[name] for name in _ACCURACIES if name in self.floor.scores}
+        rows[FLOOR] = self.floor.scores
         rows[CHANCE] = {} if self.chance is None else dict.fromkeys(_ACCURACIES, self.chance)
         return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -749,7 +749,7 @@ def _confusion_shifts(comparison: "Comparison", pairs: list[tuple[Result, Result
     frame = pd.DataFrame(rows, columns=["true", "predicted", "before", "after", "difference"])
     return frame.sort_values(["difference", "before"], ascending=[True, False], kind="stable", ignore_index=True)
 
-# %% ../nbs/23_lab.ipynb #8fa9e25f
+# %% ../nbs/23_lab.ipynb #0caea06f
 class _Pictures:
     "A comparison, drawn."
 
@@ -758,6 +758,7 @@ class _Pictures:
         colour: str = "label", # the column that colours the clips: label, pitch, speaker, fold, …
         settings: Sequence[str] | None = None, # rows of the table, in this order; None: all, and the floor
         seed: int | None = None, # which training of each; None: the first
+        columns: int | None = None, # maps in a row; None: two for four, else up to three
     ): # Figure
         "Maps of the held-out clips that can be compared, with numbers under each."
         from audiomaepp.plots import plot_maps
@@ -773,6 +774,7 @@ class _Pictures:
         title = self.experiment.source + f", seed {min(seeds)}" * (len(self.experiment.seeds) > 1 and len(seeds) == 1)
         return plot_maps(panels, self.labels if by_label else self.held_out[colour].to_numpy(), title,
                          held_out=self.experiment.protocol, names=self.experiment.classes if by_label else None,
+                         columns=columns or (2 if len(panels) == 4 else min(3, len(panels))),
                          legend="" if by_label else colour)
 
     def _aligned(self, shown: dict[str, Result]):
@@ -931,7 +933,7 @@ class _Report(_Sections):
         write_atomic(path, _page(title, sections).encode())
         return Path(path)
 
-# %% ../nbs/23_lab.ipynb #4c13dbaf
+# %% ../nbs/23_lab.ipynb #fe40b0e3
 class _Files:
     "A comparison as a folder."
 
@@ -940,7 +942,7 @@ class _Files:
         folder: str | os.PathLike, # a new one, or one that holds this comparison
     ):
         "Write everything but the models."
-        begin(folder, self.experiment, self.held_out, dict(chance=self.chance, skipped=self.skipped))
+        _begin(folder, self.experiment, self.held_out, dict(chance=self.chance, skipped=self.skipped))
         _write_results(run_folder(folder, FLOOR, 0), [self.floor], History())
         for (setting, seed), history in self.histories.items():
             results = [r for r in self.results if (r.setting, r.seed) == (setting, seed)]
@@ -1010,8 +1012,8 @@ class Comparison(_Text, _Shifts, _Pictures, _Report, _Files):
         numbers = {name: i for i, name in enumerate(self.experiment.classes)}
         return np.array([numbers.get(name, -1) for name in self.held_out["label"]], dtype=np.int64)
 
-# %% ../nbs/23_lab.ipynb #de63f6ee
-def begin(
+# %% ../nbs/23_lab.ipynb #dbbbfcbd
+def _begin(
     folder: str | os.PathLike, # of the comparison; made if it isn't there
     experiment: Experiment,
     held_out: "pd.DataFrame", # the held-out clips
@@ -1093,17 +1095,18 @@ def _epochs(experiment: Experiment) -> int:
     "Of all trainings together."
     return sum(experiment.config(*run).epochs for run in experiment.runs())
 
-# %% ../nbs/23_lab.ipynb #c52740f6
+# %% ../nbs/23_lab.ipynb #ad82d5c8
 def _measure_floor(experiment: Experiment, parts: tuple[Recordings, Recordings], folder: Path):
     "Begin the folder, and score log-mel statistics."
     train, test = parts
     labels = train.labels, test.labels
     known = all((y >= 0).any() for y in labels)
     facts = dict(chance=chance(*labels) if known else None, skipped=list(train.skipped))
-    begin(folder, experiment, test.table, facts)
+    _begin(folder, experiment, test.table, facts)
     if not _is_finished(run_folder(folder, FLOOR, 0)):
         features = tuple(floor_features(part.at_rate(16000), range(len(part))) for part in parts)
         floor = Result.of((FLOOR, "", 0), features, labels)
+        floor.scores = {name: floor.scores[name] for name in _ACCURACIES if name in floor.scores} # all that compares
         _write_results(run_folder(folder, FLOOR, 0), [floor], History())
 
 
