@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DataArgs', 'open_again', 'train_run', 'Evaluation', 'evaluate_run', 'draw_run', 'draw_reconstructions', 'Demo',
-           'Train', 'Evaluate', 'Map', 'Embed', 'Doctor', 'parse', 'main']
+           'Train', 'Evaluate', 'Map', 'Embed', 'read_axis', 'read_axes', 'write_comparison', 'Lab', 'Doctor', 'parse',
+           'main']
 
-# %% ../nbs/40_cli.ipynb #29834237
+# %% ../nbs/40_cli.ipynb #bf971662
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -14,27 +15,39 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Any, ClassVar, Literal, Union, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import tyro
 
 from .audio import _import_torchaudio, build_frontend
-from .config import Config, write_atomic
+from .config import Config, _known, write_atomic
 from .data import Recordings, augment, drop_unreadable, make_loader, open_recordings, split, synthesize
 from .embed import EmbeddingGenerator
 from .evaluate import Report, make_report
-from .lab import Validation, floor_features, validation_rows
+from audiomaepp.lab import (
+    LOSSES,
+    Comparison,
+    Experiment,
+    Validation,
+    compare_losses,
+    design,
+    floor_features,
+    grid,
+    name_settings,
+    validation_rows,
+)
 from .model import AudioMAEPlusPlus
 from .train import History, Trainer, read_progress
 
-# %% ../nbs/40_cli.ipynb #9b1bbe78
+# %% ../nbs/40_cli.ipynb #81b18308
 @dataclass(frozen=True)
 class DataArgs:
     "Where the sounds are, and which of them are held out."
@@ -47,17 +60,24 @@ class DataArgs:
     fraction: float = 0.2 # part that is held out where nothing else says what is
     synthetic_clips: int = 50 # clips of each of the twelve built-in classes
 
+    def find(
+        self,
+        cfg: Config, # sample rate
+    ) -> Recordings: # readable or not
+        "All recordings."
+        if self.data == "synthetic":
+            return synthesize(n=self.synthetic_clips, sample_rate=cfg.sample_rate)
+        return open_recordings(self.data, cfg.sample_rate, self.label_from, self.group_from)
+
     def open(
         self,
         cfg: Config, # sample rate, and the seed of a random split
         quiet: bool = False, # no progress bar
     ) -> tuple[Recordings, Recordings, str]: # training part, held-out part, what was done in words
         "The readable recordings, split."
-        if self.data == "synthetic":
-            recordings = synthesize(n=self.synthetic_clips, sample_rate=cfg.sample_rate)
-        else:
-            found = open_recordings(self.data, cfg.sample_rate, self.label_from, self.group_from)
-            recordings = drop_unreadable(found, quiet=quiet)
+        recordings = self.find(cfg)
+        if self.data != "synthetic":
+            recordings = drop_unreadable(recordings, quiet=quiet)
         if len(recordings) < 2:
             raise ValueError(f"{self.data} holds {len(recordings)} readable recordings; at least two would do.\n"
                              + "\n".join(_skipped_lines(recordings.skipped)))
@@ -309,7 +329,7 @@ class Train:
                              f"{getattr(cfg, other[0])!r}; only --epochs may change when it goes on")
         return cfg.replace(epochs=changed.get("epochs", cfg.epochs))
 
-# %% ../nbs/40_cli.ipynb #333cfd8e
+# %% ../nbs/40_cli.ipynb #2c7bc67c
 @dataclass
 class Evaluate:
     "Score a run on its held-out clips: kNN and linear probe, beside log-mel statistics and chance."
@@ -330,10 +350,13 @@ class Map:
 
     def run(self):
         evaluation = evaluate_run(self.run_folder)
-        if self.colour != "label" and self.colour not in evaluation.test.table:
-            columns = ", ".join(evaluation.test.table.columns)
-            raise ValueError(f"colour={self.colour!r} is no column of the recordings; one of {columns} would do")
+        if self.colour not in evaluation.test.table:
+            raise _no_column(self.colour, evaluation.test.table)
         _print_result(evaluation, draw_run(self.run_folder, evaluation, self.colour))
+
+
+def _no_column(colour: str, table) -> ValueError:
+    return ValueError(f"colour={colour!r} is no column of the recordings; one of {', '.join(table.columns)} would do")
 
 # %% ../nbs/40_cli.ipynb #1c09cfd0
 @dataclass
@@ -354,6 +377,161 @@ class Embed:
             path = Path(self.out).with_suffix(".skipped.csv")
             skipped.to_csv(path)
             print(*_skipped_lines(skipped), f"All in {path}", sep="\n")
+
+# %% ../nbs/40_cli.ipynb #bb20198f
+_SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def read_axis(
+    text: str, # a setting and its values: mask_ratio=0.5,0.75
+) -> tuple[str, list]: # name of the setting, its values
+    "Read one axis. Raises `ValueError` where there is no such setting, or no value."
+    name, _, listed = text.partition("=")
+    name = name.strip().replace("-", "_")
+    _known({name: listed})
+    values = [value.strip() for value in listed.split(",") if value.strip()]
+    if not values:
+        usual = _as_flag(getattr(Config(), name))
+        raise ValueError(f"axis={text!r} has no values; {name}={usual} would do, and more values behind commas")
+    values = [_read_value(name, get_type_hints(Config)[name], value) for value in values]
+    if len(set(values)) < len(values):
+        raise ValueError(f"axis={text!r} has a value twice; each would do once")
+    return name, values
+
+
+def _read_value(name: str, kind: Any, text: str) -> Any:
+    "A value as Python has it; text that is no such value stays as it is."
+    if kind is bool:
+        if text.lower() not in _SWITCH:
+            raise ValueError(f"{name}={text!r} is no switch; true or false would do")
+        return _SWITCH[text.lower()]
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    try:
+        numbers = tuple(float(part) if re.search("[^-+0-9]", part) else int(part) for part in re.split("[x×]", text))
+    except ValueError:
+        numbers = (text,)
+    return numbers if len(numbers) > 1 or get_origin(kind) is tuple else numbers[0]
+
+
+def _as_flag(value: Any) -> str:
+    "A value as `_read_value` reads it."
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+# %% ../nbs/40_cli.ipynb #f8cf9ac7
+def read_axes(
+    texts: list[str], # see `read_axis`
+    base: Config, # what the axes change
+    losses: bool = False, # the four loss settings at each point of the grid
+) -> dict[str, dict] | list[dict]: # settings for `compare_losses`
+    "Every combination of the axes; without any, the four loss settings."
+    axes = {}
+    for name, values in map(read_axis, texts):
+        if name in axes:
+            raise ValueError(f"{name} is on two axes; one with all of its values would do")
+        axes[name] = values
+    _need_effect(axes, base, losses)
+    if not axes:
+        return LOSSES
+    settings = grid(**axes)
+    if not losses:
+        return settings
+    points = name_settings(settings).items()
+    return {f"{loss}, {name}": {**fields, **point} for loss, fields in LOSSES.items() for name, point in points}
+
+
+def _need_effect(axes: dict[str, list], base: Config, losses: bool):
+    "Raise at an axis that would change nothing, or the start and the data at once."
+    if "seed" in axes:
+        raise ValueError("seed is no axis; --seeds 0 1 2 would train each setting with each of these")
+    for name in axes:
+        loss = name.split("_")[0]
+        switch = f"use_{loss}_loss"
+        if losses and name.startswith("use_") and name.endswith("_loss"):
+            raise ValueError(f"{name} is what --losses tries already; one of them would do")
+        if hasattr(base, switch) and not losses and not getattr(base, switch) and True not in axes.get(switch, ()):
+            flag = f"--{switch.replace('_', '-')}"
+            raise ValueError(f"{name} changes nothing while {switch}=False; with {flag} it would")
+
+# %% ../nbs/40_cli.ipynb #8dd32f0a
+def write_comparison(
+    comparison: Comparison,
+    folder: str | os.PathLike, # where to
+    colour: str = "label", # the column that colours maps.png
+    maps: bool = True, # draw maps
+    repeat: str = "", # the command line that made it
+) -> list[Path]: # what was written
+    "Write report.html, table.csv, curves.png, maps.png; skipped.csv, if anything was."
+    folder, drawn = Path(folder), {}
+    write_atomic(folder / "table.csv", comparison.table.to_csv(index_label="row").encode("utf-8", "replace"))
+    if comparison.results:
+        drawn["curves.png"] = comparison.curves()
+    if comparison.results and maps:
+        drawn["maps.png"] = comparison.plot(colour)
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=110)
+    comparison.to_html(folder / "report.html", repeat=repeat, pictures="maps.png" in drawn)
+    if comparison.skipped:
+        comparison.skipped.to_csv(folder / "skipped.csv")
+    return [folder / name for name in ("report.html", *reversed(drawn), "table.csv")]
+
+# %% ../nbs/40_cli.ipynb #95782a90
+@dataclass
+class Lab:
+    "Train several settings alike and compare them on the same held-out clips: a table and a report."
+
+    data: tyro.conf.OmitArgPrefixes[DataArgs] = field(default_factory=DataArgs)
+    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=lambda: Config.preset("nano"))
+    axis: tyro.conf.UseAppendAction[tuple[str, ...]] = () # setting and values: mask_ratio=0.5,0.75; may be repeated
+    losses: bool = False # neither, contrastive, uniformity, both, at each point of the axes; or alone, without any axis
+    seeds: tuple[int, ...] = () # train each setting once with each of these; --seed, which also splits, if left out
+    pooling: tuple[str, ...] = () # embed each model in several ways, without training again: mean cls cls+mean frame
+    preset: str = "nano" # settings to start from, as in train
+    out: str = "" # folder; runs/lab- and a name made from the data and the settings when left out
+    colour: str = "label" # the column that colours maps.png: label, fold, speaker, pitch, …
+    maps: bool = True # draw maps of the held-out clips
+    line: ClassVar[str] = "" # the command line, for the report
+
+    def settings(self) -> dict[str, dict] | list[dict]:
+        "What is compared."
+        return read_axes(self.axis, self.config, self.losses)
+
+    def folder(self, experiment: Experiment) -> Path:
+        "Where the comparison lies."
+        if self.out:
+            return Path(self.out)
+        where = self.data.data if self.data.data == "synthetic" else os.path.abspath(self.data.data)
+        names = ("settings", "seeds", "base", "pooling")
+        facts = [dataclasses.asdict(self.data) | {"data": where}, *(getattr(experiment, name) for name in names)]
+        word = hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:6]
+        return Path(f"runs/lab-{Path(where).stem}-{word}")
+
+    def run(self):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("lab trains on one process; without accelerate launch it would do")
+        seeds, pooling = self.seeds or (self.config.seed,), self.pooling or None
+        settings = self.settings()
+        experiment = design(settings, seeds, self.config, pooling)
+        recordings, out = self.data.find(self.config), self.folder(experiment)
+        if self.colour not in recordings.table:
+            raise _no_column(self.colour, recordings.table)
+        runs = len(experiment.runs())
+        print(f"{runs} training{'s' * (runs > 1)}, {len(seeds)} of each setting; everything goes to {out}\n")
+        how = {name: getattr(self.data, name) for name in ("fold", "group", "fraction")}
+        try:
+            comparison = compare_losses(recordings, settings, seeds, base=self.config, out=out, pooling=pooling,
+                                        split_seed=self.config.seed, **how)
+        except KeyboardInterrupt:
+            sys.exit("\nStopped. The same command goes on from here.")
+        self.report(comparison, out)
+
+    def report(self, comparison: Comparison, out: Path):
+        "Print the table and write the files."
+        print(*_skipped_lines(comparison.skipped), comparison, sep="\n")
+        paths = write_comparison(comparison, out, self.colour, self.maps, self.line)
+        print("\nWritten:", *(f"  {path}" for path in paths), sep="\n")
+        if not comparison.results:
+            raise ValueError("no training came to an end; the reasons stand above")
 
 # %% ../nbs/40_cli.ipynb #02d450d3
 _PACKAGES = (
@@ -404,23 +582,27 @@ def _check_formats() -> str:
 
 _CHECKS = {"torchaudio works": _check_torchaudio, "formats": _check_formats, "model": _check_model}
 
-# %% ../nbs/40_cli.ipynb #252b8cb1
+# %% ../nbs/40_cli.ipynb #ebc35a90
 def parse(
     argv: list[str], # what stands behind `audiomaepp`
-) -> Demo | Train | Evaluate | Map | Embed | Doctor:
+) -> Demo | Train | Evaluate | Map | Embed | Lab | Doctor:
     "The command that the arguments ask for."
     found = re.search(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(argv))
     preset = found[1] if found else "nano"
+    start = dict(config=Config.preset(preset), preset=preset)
     commands = {
-        "demo": Demo(), "train": Train(config=Config.preset(preset), preset=preset), "evaluate": Evaluate, "map": Map,
-        "embed": Embed, "doctor": Doctor(),
+        "demo": Demo(), "train": Train(**start), "evaluate": Evaluate, "map": Map, "embed": Embed, "lab": Lab(**start),
+        "doctor": Doctor(),
     }
     kinds = []
     for name, command in commands.items():
         kind, default = (command, {}) if isinstance(command, type) else (type(command), {"default": command})
         kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **default)])
     about = "AudioMAE++: see what a loss does to an embedding space."
-    return tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=argv, description=about)  # noqa: UP007
+    command = tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=argv, description=about)  # noqa: UP007
+    if isinstance(command, Lab):
+        command.line = shlex.join(["audiomaepp", *argv])
+    return command
 
 
 def main(

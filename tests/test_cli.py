@@ -17,6 +17,8 @@ import audiomaepp
 from audiomaepp import cli
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, synthesize
+from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, design
+from audiomaepp.train import Trainer
 
 TINY = """--warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
     --decoder-depth 1 --decoder-num-heads 2 --precision fp32""".split()
@@ -75,7 +77,7 @@ def test_every_setting_is_a_flag_with_its_help(capfd):
 def test_every_command_is_named(capfd):
     assert refused("--help") == 0
     shown = capfd.readouterr().out
-    for name in ("demo", "train", "evaluate", "map", "embed", "doctor"):
+    for name in ("demo", "train", "evaluate", "lab", "map", "embed", "doctor"):
         assert name in shown
 
 
@@ -258,6 +260,220 @@ def test_held_out_clips_are_never_trained_on(tmp_path, monkeypatch):
     evaluation = cli.evaluate_run(tmp_path / "run", quiet=True)
     assert touched == set(evaluation.train.paths) and len(touched) == 48
     assert len(evaluation.test) == 12 and not touched & set(evaluation.test.paths)
+
+
+# ---- settings side by side
+
+
+@pytest.mark.parametrize(
+    "text, name, values",
+    [
+        ("contrastive_weight=0,0.01,1e-3,1", "contrastive_weight", [0, 0.01, 0.001, 1]),
+        ("mask-ratio=0.5, 0.75,", "mask_ratio", [0.5, 0.75]),
+        ("depth=2,4", "depth", [2, 4]),
+        ("use_labels=true,off", "use_labels", [True, False]),
+        ("pooling_mode=mean,cls+mean", "pooling_mode", ["mean", "cls+mean"]),
+        ("img_size=200x80,400×80,384", "img_size", [(200, 80), (400, 80), 384]),
+        ("betas=0.9x0.95,0.8x0.99", "betas", [(0.9, 0.95), (0.8, 0.99)]),
+    ],
+)
+def test_an_axis_is_read_by_the_type_of_its_setting(text, name, values):
+    assert cli.read_axis(text) == (name, values)
+    assert [type(value) for value in cli.read_axis(text)[1]] == [type(value) for value in values]
+
+
+def lab(*flags):
+    return cli.parse(["lab", *map(str, flags)])
+
+
+def test_axes_become_every_combination():
+    settings = lab("--axis", "contrastive_weight=0,1", "--axis", "mask_ratio=0.5,0.75").settings()
+    assert settings == [dict(contrastive_weight=w, mask_ratio=m) for w in (0, 1) for m in (0.5, 0.75)]
+    assert lab().settings() == LOSSES == lab("--losses").settings()
+    both = lab("--losses", "--axis", "mask_ratio=0.5,0.75").settings()
+    assert len(both) == 8 and both["uniformity, mask_ratio=0.75"] == {**LOSSES["uniformity"], "mask_ratio": 0.75}
+
+
+def test_the_flags_of_a_comparison():
+    flags = "--seeds 0 1 2 --pooling mean cls cls+mean --preset tiny --depth 3 --data here --group theo --no-maps"
+    command = lab(*flags.split())
+    assert (command.seeds, command.pooling, command.maps) == ((0, 1, 2), ("mean", "cls", "cls+mean"), False)
+    assert command.config == Config.preset("tiny", depth=3)
+    assert (command.data.data, command.data.group) == ("here", "theo")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--axis contrastive_wieght=0,1", ["contrastive_wieght", "did you mean contrastive_weight?"]),
+        ("--axis mask_ratio=0.5,1.5", ["mask_ratio=1.5", "0.75 hides three patches in four"]),
+        ("--axis mask_ratio=much", ["mask_ratio='much'", "0.75"]),
+        ("--axis epochs=1.5", ["epochs=1.5", "whole number"]),
+        ("--axis img_size=200x80x2", ["img_size=(200, 80, 2)", "would do"]),
+        ("--axis betas=fast", ["betas", "(0.9, 0.95)"]),
+        ("--axis betas=0.9", ["betas", "(0.9, 0.95)"]),
+        ("--axis use_labels=perhaps", ["use_labels='perhaps'", "true or false"]),
+        ("--axis pooling_mode=max", ["pooling_mode='max'", "'mean'"]),
+        ("--axis mask_ratio", ["axis='mask_ratio'", "mask_ratio=0.75 would do"]),
+        ("--axis mask_ratio=0.5,0.50", ["mask_ratio=0.5", "twice"]),
+        ("--axis mask_ratio=0.5 --axis mask-ratio=0.7", ["mask_ratio", "two axes"]),
+        ("--axis seed=0,1", ["seed", "--seeds"]),
+        ("--losses --axis use_uniformity_loss=true,false", ["use_uniformity_loss", "--losses"]),
+        ("--preset official_tiny --axis contrastive_weight=0,1", ["contrastive_weight", "--use-contrastive-loss"]),
+        ("--pooling max", ["pooling='max'", "cls+mean"]),
+        ("--seeds 1 1", ["seeds", "different"]),
+    ],
+)
+def test_a_bad_axis_is_refused_before_anything_is_opened(flags, words, monkeypatch):
+    for name in ("synthesize", "open_recordings", "compare_losses"):
+        monkeypatch.setattr(cli, name, lambda *args, **kwargs: pytest.fail("something was opened"))
+    message = refused("lab", *flags.split())
+    assert message.startswith("audiomaepp: ") and "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture(scope="module")
+def compare(sounds, tmp_path_factory):
+    "The flags of a comparison of two weights, all but the folder."
+    return ["lab", "--data", str(sounds), "--axis", "contrastive_weight=0,0.5", "--epochs", "1", *TINY]
+
+
+@pytest.fixture(scope="module")
+def compared(compare, tmp_path_factory):
+    "The folder of that comparison, and what was printed."
+    import contextlib
+    import io
+
+    out, printed = tmp_path_factory.mktemp("lab") / "weights", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        cli.main([*compare, "--out", str(out)])
+    return out, printed.getvalue()
+
+
+def no_training(monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("a training began"))
+
+
+def test_a_comparison_is_printed_and_written(compared):
+    import pandas as pd
+
+    out, said = compared
+    comparison, weights = Comparison.load(out), ["contrastive_weight=0", "contrastive_weight=0.5"]
+    table = pd.read_csv(out / "table.csv", index_col=0)
+    assert list(table.index) == [*weights, FLOOR, CHANCE]
+    for name in ("knn", "linear", "alignment", "uniformity", "rankme", "reconstruction", "seconds"):
+        assert np.allclose(table[name], comparison.table[name].astype(float), equal_nan=True), name
+    for words in [*weights, FLOOR, CHANCE, "kNN-10", "RankMe", comparison.experiment.protocol, *comparison.remarks()]:
+        assert words in said, words
+    for name in ("report.html", "maps.png", "curves.png", "table.csv"):
+        assert (out / name).stat().st_size > 100 and str(out / name) in said
+    for name in ("maps.png", "curves.png"):
+        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (out / "skipped.csv").exists()
+
+
+def test_a_weight_of_0_is_the_weight_0(compared):
+    cfg = Comparison.load(compared[0]).experiment.config("contrastive_weight=0", 0)
+    assert cfg.contrastive_weight == 0 and cfg.use_contrastive_loss
+    rows = rows_of(compared[0] / "contrastive_weight=0" / "seed0" / "history.csv")
+    assert float(rows[-1]["contrastive"]) > 0, "what the loss would be is still there to see"
+    alone = [float(rows[-1][name]) for name in ("reconstruction", "uniformity")]
+    assert float(rows[-1]["loss"]) == pytest.approx(alone[0] + cfg.uniformity_weight * alone[1], abs=1e-4)
+
+
+def test_the_report_says_how_to_repeat_it(compared, compare):
+    import html
+    import shlex
+
+    out, _ = compared
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    comparison = Comparison.load(out)
+    for words in [*comparison.table.index, comparison.experiment.protocol, "contrastive_weight=0.5", "kNN-10: cosine"]:
+        assert words in page, words
+    assert shlex.join(["audiomaepp", *compare, "--out", str(out)]) in page and page.count("data:image/png") >= 2
+
+
+def test_the_same_command_goes_on_and_trains_nothing_again(compared, compare, monkeypatch):
+    out, said = compared
+    table = (out / "table.csv").read_bytes()
+    (out / "table.csv").unlink()
+    no_training(monkeypatch)
+    cli.main([*compare, "--out", str(out), "--no-maps"])
+    assert (out / "table.csv").read_bytes() == table
+
+
+def test_another_comparison_does_not_go_into_the_folder(compared, compare, monkeypatch):
+    no_training(monkeypatch)
+    before = contents(compared[0])
+    message = refused(*compare, "--out", compared[0], "--mask-ratio", "0.7")
+    assert "another comparison" in message and "mask_ratio was 0.5 and is 0.7" in message
+    assert contents(compared[0]) == before
+
+
+def test_it_holds_out_what_train_and_evaluate_hold_out(compared, compare):
+    command = cli.parse(compare)
+    _, test, protocol = command.data.open(command.config, quiet=True)
+    comparison = Comparison.load(compared[0])
+    assert sorted(comparison.held_out["path"]) == sorted(test.paths) and comparison.experiment.protocol == protocol
+
+
+def test_a_colour_that_is_no_column_is_named_before_training(compare, tmp_path, monkeypatch):
+    no_training(monkeypatch)
+    message = refused(*compare, "--out", tmp_path / "out", "--colour", "pitsch")
+    assert "pitsch" in message and "label" in message and not (tmp_path / "out").exists()
+
+
+def test_without_a_name_the_same_command_means_the_same_folder(compare):
+    def folder(*flags):
+        command = cli.parse([*compare, *flags])
+        return command.folder(design(command.settings(), (0,), command.config, None))
+
+    assert folder() == folder("--no-maps") and str(folder()).startswith(os.path.join("runs", "lab-sounds-"))
+    assert len({folder(), folder("--mask-ratio", "0.7"), folder("--fold", "1"), folder("--axis", "depth=1,2")}) == 4
+
+
+@pytest.mark.parametrize("all_fail", [False, True])
+def test_a_setting_that_fails_is_said_and_the_rest_is_compared(all_fail, compare, tmp_path, monkeypatch, capsys):
+    whole = Trainer.fit
+
+    def fit(self, *args, **kwargs):
+        if all_fail or self.cfg.contrastive_weight:
+            raise FloatingPointError("the loss is nan at step 3; base_lr below 1 may help")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    line = [*compare, "--out", str(tmp_path / "out"), "--no-maps"]
+    if all_fail:
+        assert "no training came to an end" in refused(*line)
+    else:
+        cli.main(line)
+    words = "contrastive_weight=0.5 (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help"
+    assert words in capsys.readouterr().out and words in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_collapse_is_said_in_plain_words(compare, tmp_path, monkeypatch, capsys):
+    import torch
+
+    from audiomaepp.model import AudioMAEPlusPlus
+
+    def constant(self, spec, mode=None):
+        return torch.ones(len(spec), 32) + 1e-4 * spec.mean((1, 2, 3))[:, None]
+
+    monkeypatch.setattr(AudioMAEPlusPlus, "get_embedding", constant)
+    cli.main([*compare, "--out", str(tmp_path), "--no-maps"])
+    assert "the embeddings have collapsed to one direction" in capsys.readouterr().out
+
+
+def test_broken_files_are_named_and_left_out(sounds, tmp_path, capsys):
+    import shutil
+
+    data, out = tmp_path / "sounds", tmp_path / "out"
+    shutil.copytree(sounds, data)
+    (data / "broken.wav").write_text("no sound at all")
+    cli.main(["lab", "--data", str(data), "--axis", "mask_ratio=0.5", "--epochs", "1", *TINY, "--out", str(out),
+              "--no-maps"])
+    assert "broken.wav" in capsys.readouterr().out and "broken.wav" in (out / "skipped.csv").read_text()
 
 
 @pytest.mark.slow
