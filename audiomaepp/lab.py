@@ -605,7 +605,7 @@ class _Text(_Tables, _Verdicts):
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks())
         return f"{_html_table(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
 
-# %% ../nbs/23_lab.ipynb #9419e600
+# %% ../nbs/23_lab.ipynb #40787db3
 @dataclass(repr=False)
 class Shift:
     "What changed for the held-out clips from one row of a comparison to another."
@@ -634,15 +634,20 @@ class Shift:
     __repr__ = __str__
 
     def _repr_html_(self):
-        tables = "".join(f"<div>{_html_table(title, cells)}</div>" for title, cells in self.parts().items())
+        tables = "".join(f"<div class='wide'>{_html_table(name, cells)}</div>" for name, cells in self.parts().items())
         flow = "display:flex;flex-wrap:wrap;gap:.5em 2em;align-items:flex-start"
-        return f"<p>{html.escape(self._heading())}</p><div style='{flow}'>{tables}</div>"
+        head = f"<p>{html.escape(self._heading())}</p><p><small>{html.escape(_COLUMNS)}</small></p>"
+        return f"{head}<div style='{flow}'>{tables}</div>"
 
     def _heading(self) -> str:
         many = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
         usual = f" (between two seeds of one setting: {self.usual:.0%})" if self.usual == self.usual else ""
         return (f"{self.before} → {self.after}, {many}; held-out clips, {self.protocol}: "
                 f"{self.moved:.0%} of a clip's ten neighbours changed{usual}")
+
+
+_COLUMNS = ("recall: share of the clips of a class that their neighbours name rightly; own: share of a clip's ten "
+            "nearest training clips that are of its class; moved: share of them that changed")
 
 
 def _cells_of(frame: "pd.DataFrame") -> list[list[str]]:
@@ -749,7 +754,7 @@ def _confusion_shifts(comparison: "Comparison", pairs: list[tuple[Result, Result
     frame = pd.DataFrame(rows, columns=["true", "predicted", "before", "after", "difference"])
     return frame.sort_values(["difference", "before"], ascending=[True, False], kind="stable", ignore_index=True)
 
-# %% ../nbs/23_lab.ipynb #0caea06f
+# %% ../nbs/23_lab.ipynb #4e3ec1d1
 class _Pictures:
     "A comparison, drawn."
 
@@ -790,7 +795,7 @@ class _Pictures:
         "Every loss and every held-out score on the way, a line for each setting."
         from audiomaepp.plots import plot_histories
 
-        runs = {name: [h.rows for (setting, _), h in self.histories.items() if setting == name]
+        runs = {name: [h.rows for (setting, _), h in self.histories.items() if setting == name and h.rows]
                 for name in self.experiment.settings}
         return plot_histories({name: rows for name, rows in runs.items() if rows}, columns)
 
@@ -799,7 +804,7 @@ def _numbers(scores: dict[str, float]) -> dict[str, float]:
     "What stands under a map."
     return {MEASURES[name]: scores[name] for name in ("knn", "linear", "rankme") if name in scores}
 
-# %% ../nbs/23_lab.ipynb #86029c34
+# %% ../nbs/23_lab.ipynb #50140ecf
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --soft: #6b6b70; --line: #d9d9de; --card: #f5f5f7 }
 @media (prefers-color-scheme: dark) {
@@ -808,7 +813,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 p, li { max-width: 44rem } ul { padding-left: 1.2rem } .soft, caption { color: var(--soft); font-size: .9rem }
-.wide { overflow-x: auto; margin: .7rem 0 } table { border-collapse: collapse; font-size: .88rem;
+.wide { overflow-x: auto; max-width: 100%; margin: .7rem 0 } table { border-collapse: collapse; font-size: .88rem;
   font-variant-numeric: tabular-nums } caption { text-align: left; padding: .2rem .6rem }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper) }
@@ -860,7 +865,7 @@ def _repeat(experiment: Experiment) -> str:
     lines = [f"{experiment.source!r},", f"{settings},", *lines, f"base=Config(\n        {fields},\n    ),"]
     return "\n".join(["compare_losses(", *(f"    {line}" for line in lines), ")"])
 
-# %% ../nbs/23_lab.ipynb #ac540782
+# %% ../nbs/23_lab.ipynb #5d7ae42f
 _PROTOCOL = (
     "All settings start from the same initial weights (where they have the same layers) and see the same clips in the "
     "same order; all training clips are fitted, and the last weights are taken.",
@@ -892,9 +897,7 @@ class _Sections:
             return ""
         others = rows.iloc[1:]
         best = others["knn"].idxmax() if "knn" in others else others.index[-1]
-        shift = self.shift(rows.index[0], best)
-        tables = "".join(f'<div class="wide">{_html_table(t, cells)}</div>' for t, cells in shift.parts().items())
-        return f"<p>{html.escape(str(shift._heading()))}</p>{tables}"
+        return self.shift(rows.index[0], best)._repr_html_()
 
     def _settings(self) -> str:
         "What all share, and what each changes."

@@ -374,6 +374,29 @@ def test_a_shift_compares_seed_with_seed_and_knows_the_usual_movement(comparison
             comparison.shift(*arguments)
 
 
+# ---- pictures
+
+
+def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
+    figure = comparison.plot()
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles == ["neither · mean", "neither · cls", "both · mean", "both · cls", FLOOR]
+    numbers = [ax.get_xlabel().replace("\xa0", " ") for ax in figure.axes if ax.get_title()]
+    assert all("kNN-10" in line and "trust" in line for line in numbers) and "RankMe" not in numbers[-1]
+    assert f"held-out clips: {comparison.experiment.protocol}" in figure.get_suptitle()
+    assert len(comparison.plot("pitch", ["neither", "both · cls"], seed=1).axes) == 3  # two maps and a colour bar
+    assert len(comparison.maps) == 2 and comparison.plot("tempo") and len(comparison.maps) == 2
+    for arguments, words in [(("colour",), "no column"), (("label", ["non"]), "no row")]:
+        with pytest.raises(ValueError, match=words):
+            comparison.plot(*arguments)
+
+
+def test_curves_and_pictures_in_the_report(comparison, tmp_path):
+    assert comparison.curves().axes
+    page = comparison.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 5 and 'alt="maps of held-out clips, coloured by pitch"' in page
+
+
 # ---- the report
 
 
