@@ -403,6 +403,23 @@ def test_the_same_command_goes_on_and_trains_nothing_again(compared, compare, mo
     assert (out / "table.csv").read_bytes() == table
 
 
+def test_a_stopped_comparison_goes_on_and_comes_to_the_same_numbers(compared, compare, tmp_path, monkeypatch):
+    "Stopped with Ctrl-C in its second training."
+    out, whole, trained = tmp_path / "out", Trainer.fit, []
+
+    def fit(self, *args, **kwargs):
+        trained.append(self.cfg.contrastive_weight)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    message = refused(*compare, "--out", out, "--no-maps")
+    assert "Stopped" in message and "same command goes on" in message and not (out / "report.html").exists()
+    cli.main([*compare, "--out", str(out), "--no-maps"])
+    assert trained == [0, 0.5, 0.5] and Comparison.load(out).same_as(Comparison.load(compared[0]))
+
+
 def test_another_comparison_does_not_go_into_the_folder(compared, compare, monkeypatch):
     no_training(monkeypatch)
     before = contents(compared[0])
