@@ -365,9 +365,9 @@ def windows(
     padded = F.pad(wav, (0, (n - 1) * hop + size - len(wav)))
     return padded.unfold(0, size, hop), (len(wav) - firsts).clamp(max=size)
 
-# %% ../nbs/10_audio.ipynb #ff6e81d3
+# %% ../nbs/10_audio.ipynb #72bf63c8
 _STD_FLOOR = 0.1 # of a clip's log spectrum, which is 1 and more for a clip that can be heard
-_SILENT = -1.0 # what a frame without sound becomes under "band": two deviations below the mean
+_SILENT = -2.0 # what a frame without sound becomes under "band": well below what sounds
 _FURTHEST = 20.0 # no value of a spectrogram lies further out
 _LOUDEST = 1e9 # full scale is 1; float files hold anything, and the power must not overflow
 _BLOCK = 8 # clips at a time on a CPU, whose cache does not hold more frames

@@ -791,7 +791,7 @@ def make_loader(
     "Batches of `cfg.batch_size` clips of `cfg.clip_samples` samples, for training or for looking at."
     return ClipLoader(recordings, cfg, train, seed, pairs)
 
-# %% ../nbs/11_data.ipynb #4978be0d
+# %% ../nbs/11_data.ipynb #e784dff0
 def _mix(wav: torch.Tensor, probability: float) -> torch.Tensor: # (B, samples)
     "Each clip, with `probability`, with another one of the batch behind it."
     if len(wav) < 2:
@@ -799,7 +799,7 @@ def _mix(wav: torch.Tensor, probability: float) -> torch.Tensor: # (B, samples)
     other = wav.roll(int(torch.randint(1, len(wav), ())), 0)
     draws = torch.rand(2, len(wav), 1, device=wav.device)
     level, other_level = (x.pow(2).mean(1, keepdim=True).sqrt() for x in (wav, other))
-    ratio = 10 ** (-(3 + 17 * draws[0]) / 20) * level / other_level.clamp_min(1e-8)
+    ratio = 10 ** (-(3 + 9 * draws[0]) / 20) * level / other_level.clamp_min(1e-8)
     return wav + other * ratio * (draws[1] < probability)
 
 
