@@ -453,7 +453,7 @@ def _need_effect(axes: dict[str, list], base: Config, losses: bool):
             flag = f"--{switch.replace('_', '-')}"
             raise ValueError(f"{name} changes nothing while {switch}=False; with {flag} it would")
 
-# %% ../nbs/40_cli.ipynb #8dd32f0a
+# %% ../nbs/40_cli.ipynb #897b3db6
 def write_comparison(
     comparison: Comparison,
     folder: str | os.PathLike, # where to
@@ -469,8 +469,10 @@ def write_comparison(
     if comparison.results and maps:
         drawn["maps.png"] = comparison.plot(colour)
     for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=110)
-    comparison.to_html(folder / "report.html", repeat=repeat, pictures="maps.png" in drawn)
+        figure.savefig(folder / name, dpi=150)
+    varied = {name: None for fields in comparison.experiment.settings.values() for name in fields}
+    title = f"{comparison.experiment.source}: {', '.join(varied)}"
+    comparison.to_html(folder / "report.html", title, repeat, pictures="maps.png" in drawn)
     if comparison.skipped:
         comparison.skipped.to_csv(folder / "skipped.csv")
     return [folder / name for name in ("report.html", *reversed(drawn), "table.csv")]
