@@ -412,7 +412,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #3bef2638
+# %% ../nbs/00_config.ipynb #90bdd60f
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -422,7 +422,23 @@ _SIZES = {
     "large": _size(1024, 24, 16, 512), "huge": _size(1280, 32, 16, 512),
 }
 _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss=False, batch_size=1024, epochs=110)
+_SEMANTIC = dict(
+    _size(128, 4, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16), mask_ratio=0.75,
+    normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
+    contrastive_temperature=0.3, roll=True, mix=0.5, gain_db=6.0, stretch_time=0.1, stretch_mel=0.05, shift_mel=2.0,
+    epochs=150, warmup_epochs=15, batch_size=48, base_lr=4e-3,
+)
+_WORDS = dict(
+    _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
+    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, roll=False, mix=0.0, gain_db=0.0, stretch_time=0.15,
+    stretch_mel=0.1, shift_mel=3.0, epochs=50, warmup_epochs=5, batch_size=64,
+)
+_UNLABELLED = dict(use_labels=False, views=2, contrastive_weight=1.0, contrastive_temperature=0.2)
 PRESETS = {
+    "semantic": _SEMANTIC,
+    "semantic_unlabelled": dict(_SEMANTIC, **_UNLABELLED, epochs=75, warmup_epochs=7.5),
+    "words": _WORDS,
+    "words_unlabelled": dict(_WORDS, **_UNLABELLED, epochs=25, warmup_epochs=2.5),
     "nano": dict(
         _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, patch_size=(8, 16), mask_ratio=0.5,
         contrastive_weight=0.5, epochs=60, batch_size=48, base_lr=4e-3, warmup_epochs=6,
