@@ -412,7 +412,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #90bdd60f
+# %% ../nbs/00_config.ipynb #cce40de7
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -423,8 +423,8 @@ _SIZES = {
 }
 _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss=False, batch_size=1024, epochs=110)
 _SEMANTIC = dict(
-    _size(128, 4, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16), mask_ratio=0.75,
-    normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
+    _size(128, 4, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16),
+    mask_ratio=0.75, normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
     contrastive_temperature=0.3, roll=True, mix=0.5, gain_db=6.0, stretch_time=0.1, stretch_mel=0.05, shift_mel=2.0,
     epochs=150, warmup_epochs=15, batch_size=48, base_lr=4e-3,
 )
