@@ -15,6 +15,8 @@ _WHERE = {  # the public names, and the module of each
     "open_recordings": "data",
     "synthesize": "data",
     "EmbeddingGenerator": "embed",
+    "compare_losses": "lab",
+    "Comparison": "lab",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -185,7 +185,7 @@ class _FrontEnd:
         _need_float("spec_mean", self.spec_mean, float("-inf"), float("inf"), "-4.27 is AudioSet's", True, True)
         _need_float("spec_std", self.spec_std, 0, float("inf"), "4.57 is AudioSet's", True, True)
 
-# %% ../nbs/00_config.ipynb #d028565a
+# %% ../nbs/00_config.ipynb #76f669a6
 @dataclass(frozen=True, kw_only=True)
 class _Augmentation:
     "Augmentation while training"
@@ -202,8 +202,8 @@ class _Augmentation:
     def _check(self):
         _need_float("gain_db", self.gain_db, 0, 60, "6 changes the level by up to 6 dB, 0 is off")
         for field in ("stretch_time", "stretch_mel"):
-            _need_float(field, getattr(self, field), 0, 1, "0.1 changes it by up to a tenth, 0 is off")
-        _need_float("shift_mel", self.shift_mel, 0, self.img_size[1], "3 moves it by up to three bands, 0 is off")
+            _need_float(field, getattr(self, field), 0, 1, "0.1 would change it by up to a tenth, 0 is off")
+        _need_float("shift_mel", self.shift_mel, 0, self.img_size[1], "3 would move it by up to three bands, 0 is off")
         _need_float("mix", self.mix, 0, 1, "0.5 mixes every second clip, 0 is off")
         for field, most in (("spec_time_mask", self.img_size[0]), ("spec_freq_mask", self.img_size[1])):
             _need_int(field, getattr(self, field), least=0)
@@ -211,7 +211,7 @@ class _Augmentation:
             if width >= most:
                 raise _bad(field, width, f"would blank the whole image of {most}", f"less than {most} would do")
 
-# %% ../nbs/00_config.ipynb #dd10a231
+# %% ../nbs/00_config.ipynb #69f4c51f
 @dataclass(frozen=True, kw_only=True)
 class _Training:
     "Training"
@@ -238,9 +238,10 @@ class _Training:
         for field in ("base_lr", "min_lr", "weight_decay", "warmup_epochs", "grad_clip"):
             usual = getattr(_Training, field)
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual:g} is usual", field == "base_lr", True)
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+        pair = tuple(self.betas) if isinstance(self.betas, tuple | list) else ()
+        if len(pair) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in pair):
             raise _bad("betas", self.betas, "is not a pair of numbers in [0, 1)", "(0.9, 0.95) is usual")
+        object.__setattr__(self, "betas", pair)
         _need_choice("precision", self.precision, ("auto", "fp32", "bf16"))
 
 # %% ../nbs/00_config.ipynb #b09a36c6
@@ -304,7 +305,7 @@ class _Derived:
         "Seconds in a clip."
         return self.clip_samples / self.sample_rate
 
-# %% ../nbs/00_config.ipynb #818dcf0c
+# %% ../nbs/00_config.ipynb #349c3bc8
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Image, _Derived):
     """Every setting of a model and its training; frozen, checked when it is made.
@@ -313,6 +314,9 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
     """
 
     def __post_init__(self):
+        for f in fields(self):
+            if f.type is bool:
+                _need_choice(f.name, getattr(self, f.name), (True, False))
         for group in _groups():
             group._check(self)
         if not 0 < self.num_visible < self.num_patches:
@@ -412,7 +416,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #cce40de7
+# %% ../nbs/00_config.ipynb #b71a8051
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -433,12 +437,15 @@ _WORDS = dict(
     hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, roll=False, mix=0.0, gain_db=0.0, stretch_time=0.15,
     stretch_mel=0.1, shift_mel=3.0, epochs=50, warmup_epochs=5, batch_size=64,
 )
-_UNLABELLED = dict(use_labels=False, views=2, contrastive_weight=1.0, contrastive_temperature=0.2)
+_UNLABELLED = dict(
+    use_labels=False, views=2, contrastive_weight=1.0, use_uniformity_loss=False, stretch_time=0.2, stretch_mel=0.1,
+    shift_mel=3.0,
+)
 PRESETS = {
     "semantic": _SEMANTIC,
-    "semantic_unlabelled": dict(_SEMANTIC, **_UNLABELLED, epochs=75, warmup_epochs=7.5),
+    "semantic_unlabelled": _SEMANTIC | _UNLABELLED | dict(epochs=90, warmup_epochs=9),
     "words": _WORDS,
-    "words_unlabelled": dict(_WORDS, **_UNLABELLED, epochs=25, warmup_epochs=2.5),
+    "words_unlabelled": _WORDS | _UNLABELLED | dict(epochs=25, warmup_epochs=2.5),
     "nano": dict(
         _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, patch_size=(8, 16), mask_ratio=0.5,
         contrastive_weight=0.5, epochs=60, batch_size=48, base_lr=4e-3, warmup_epochs=6,

@@ -1,0 +1,163 @@
+"""Held-out quality of the presets, beside the floor and chance: every fold (or speaker) is held out once.
+
+    python benchmarks/quality.py --data ../shared/data/esc10 ../shared/data/fsdd synthetic --out runs/quality
+
+With labels, the contrastive loss sees classes; without, training sees no label at all, and labels only score what came
+out. Nothing is chosen by the held-out clips: all others are trained on, and the last weights are scored. What stands
+in --out is not trained again, so a killed run goes on. `--data` takes any folder in ESC-50's layout, a folder of spoken
+digits named like FSDD's (digit_speaker_number), or "synthetic" (trained on one seed, held out another).
+"""
+
+import argparse
+import json
+import os
+import platform
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from audiomaepp.audio import LogMel
+from audiomaepp.config import Config, write_atomic
+from audiomaepp.data import drop_unreadable, open_recordings, split, synthesize
+from audiomaepp.evaluate import average_scores, chance, evaluate_embeddings
+from audiomaepp.lab import compare_losses, floor_features
+
+WORDS = dict(label_from=r"^(\d)_", group_from=r"_([a-z]+)_")  # 7_theo_12.flac
+BARS = {  # asked for: (kNN-10, linear)
+    "esc10": {"with labels": (0.90, 0.93), "without labels": (0.82, 0.90)},
+    "fsdd": {"with labels": (0.90, 0.92), "without labels": (0.60, 0.75)},
+}
+MODES = {"with labels": "", "without labels": "_unlabelled"}  # → which kind of preset
+
+
+def opened(source, sample_rate=16000):
+    """The recordings of a source, and what to hold out of them, part by part."""
+    if source == "synthetic":
+        return tuple(synthesize(n=n, seed=seed, sample_rate=sample_rate) for n, seed in ((50, 0), (25, 1))), ["new seed"]
+    recordings = open_recordings(source, sample_rate)
+    if "fold" not in recordings.table:
+        recordings = open_recordings(source, sample_rate, **WORDS)
+    recordings = drop_unreadable(recordings, quiet=True)
+    return recordings, sorted(recordings.table[column_of(recordings)].unique().tolist())
+
+
+def column_of(recordings):
+    """What says which clips belong together."""
+    return "fold" if "fold" in recordings.table else "group"
+
+
+def segment_statistics(recordings):
+    """(n, 480): mean and deviation of each log-mel band in each third of a clip; for words, a stronger floor."""
+    rows, logmel = [], LogMel()
+    for i in range(len(recordings)):
+        wave = recordings.wav(i)[None]
+        logmel.num_frames = max(3, wave.shape[1] // logmel.hop_length)
+        spec = logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0]
+        rows.append(torch.cat([torch.cat([s.mean(0), s.std(0, correction=0)]) for s in spec.tensor_split(3)]))
+    return torch.stack(rows).numpy()
+
+
+def floors(source):
+    """Scores of both floors and of chance, for each part."""
+    recordings, parts = opened(source)
+    rows = {"log-mel statistics (floor)": [], "the same in three segments": [], "chance": []}
+    for part in parts:
+        train, test = recordings if source == "synthetic" else split(recordings, **{column_of(recordings): part})[:2]
+        for name, features in zip(rows, (lambda r: floor_features(r, range(len(r))), segment_statistics), strict=False):
+            rows[name].append(evaluate_embeddings(features(train), train.labels, features(test), test.labels))
+        guess = chance(train.labels, test.labels)
+        rows["chance"].append(dict(knn=guess, linear=guess, n_train=len(train), n_test=len(test)))
+    return rows
+
+
+def config_of(recordings, mode, budget):
+    """The preset for sounds or for words, by their median duration; a window is no longer than that."""
+    every = pd.concat([r.table for r in (recordings if isinstance(recordings, tuple) else [recordings])])
+    seconds = every["seconds"].median()
+    cfg = Config.preset(("words" if seconds < 1 else "semantic") + MODES[mode], eval_every=0)
+    frames = int(seconds * cfg.sample_rate / cfg.hop_length)
+    if seconds >= 1 and frames < cfg.img_size[0]:
+        cfg = cfg.replace(img_size=(frames // 8 * 8, cfg.n_mels), patch_size=(8, 16))
+    return cfg.replace(epochs=max(1, round(cfg.epochs * budget)), warmup_epochs=cfg.warmup_epochs * budget)
+
+
+def run(source, part, mode, seed, args):
+    """Train once and score: a row for each way of pooling."""
+    torch.set_num_threads(args.threads)
+    recordings, _ = opened(source)
+    cfg = config_of(recordings, mode, args.budget)
+    recordings, _ = opened(source, cfg.sample_rate)
+    how = {} if source == "synthetic" else {column_of(recordings): part}
+    out = Path(args.out) / f"{Path(source).name}-{part}-{mode.replace(' ', '-')}-{seed}".replace(" ", "-")
+    compared = compare_losses(recordings, {mode: {}}, (seed,), base=cfg, out=out, quiet=True, **how)
+    if compared.failed:
+        raise RuntimeError(f"{out.name}: {compared.failed}")
+    return compared.results[0].scores
+
+
+def mean_and_spread(runs):
+    """{seed: [scores of each part]} → scores, and their deviations over seeds and over parts."""
+    seeds = [average_scores(parts) for parts in runs.values()]
+    row = {"seeds": len(seeds), "n_test": seeds[0]["n_test"]}
+    for name in ("knn", "linear", "seconds"):
+        if name in seeds[0]:
+            row[name] = float(np.mean([s[name] for s in seeds]))
+            row[f"{name}_sd_seeds"] = float(np.std([s[name] for s in seeds], ddof=1)) if len(seeds) > 1 else None
+            row[f"{name}_sd_parts"] = float(np.std([p[name] for parts in runs.values() for p in parts]))
+    return row
+
+
+def show(source, rows):
+    """Print one table."""
+    print(f"\n{Path(source).name}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds, if several)")
+    print(f"{'':28}{'kNN-10':>22}{'linear':>22}{'asked':>14}{'s/run':>7}")
+    for name, row in rows.items():
+        cells = [f"{row[k]:.3f} ± {row[k + '_sd_parts']:.3f}"
+                 + (f" (± {row[k + '_sd_seeds']:.3f})" if row[k + "_sd_seeds"] is not None else "")
+                 for k in ("knn", "linear")]
+        bar = BARS.get(Path(source).name, {}).get(name)
+        asked = f"{bar[0]:.2f} / {bar[1]:.2f}" if bar else ""
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        print(f"{name:28}{cells[0]:>22}{cells[1]:>22}{asked:>14}{seconds:>7}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", default=["synthetic"], help="folders, or synthetic")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--budget", type=float, default=1.0, help="part of the presets' epochs to train for")
+    parser.add_argument("--out", default="runs/quality", help="folder that keeps every run, and quality.json")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--threads", type=int, default=None, help="of each training; default: the cores shared out")
+    args = parser.parse_args()
+    args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    jobs = [(source, part, mode, seed) for seed in args.seeds for source in args.data
+            for mode in args.modes for part in opened(source)[1]]
+    scores = {}
+    with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        waiting = {pool.submit(run, *job, args): job for job in jobs}
+        for done in as_completed(waiting):
+            scores[waiting[done]] = done.result()
+            bar.update()
+            source, part, mode, seed = waiting[done]
+            tqdm.write(f"{Path(source).name} {part} {mode} seed {seed}: "
+                       + ", ".join(f"{k} {scores[waiting[done]][k]:.3f}" for k in ("knn", "linear", "seconds")))
+    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads a run",
+              "torch": torch.__version__, "budget": args.budget, "data": {}}
+    for source in args.data:
+        rows = {mode: mean_and_spread({s: [v for k, v in scores.items() if k[0] == source and k[2:] == (mode, s)]
+                                       for s in args.seeds}) for mode in args.modes}
+        rows |= {name: mean_and_spread({0: parts}) for name, parts in floors(source).items()}
+        runs = [dict(part=k[1], mode=k[2], seed=k[3], **v) for k, v in scores.items() if k[0] == source]
+        report["data"][Path(source).name] = {"table": rows, "runs": runs}
+        show(source, rows)
+    write_atomic(Path(args.out) / "quality.json", json.dumps(report, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
