@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from audiomaepp.evaluate import knn_accuracy
 from audiomaepp.plots import (
     MapPanel,
+    aligned_umap,
     plot_confusion,
+    plot_histories,
     plot_history,
     plot_map,
     plot_maps,
     plot_masks,
     plot_reconstruction,
+    plot_shift,
     plot_spectrogram,
     save_html_map,
+    trustworthiness,
     umap_2d,
 )
 
@@ -132,7 +137,7 @@ def test_history_keeps_losses_and_held_out_scores_apart():
             for e in range(1, 5)]
     fig = plot_history(rows, axis="epoch")
     shown = [ax.get_title() for ax in fig.axes if ax.get_visible()]
-    assert shown == ["total loss", "kNN-10 accuracy\n(held-out clips)", "heldout uniformity\n(held-out clips)"]
+    assert shown == ["total loss", "kNN-10 accuracy\n(held-out clips)", "uniformity\n(held-out clips)"]
 
 
 def test_pages_hold_no_foreign_markup(tmp_path):
@@ -140,3 +145,190 @@ def test_pages_hold_no_foreign_markup(tmp_path):
     table, path = {bad: [bad, bad]}, tmp_path / "m.html"
     save_html_map(np.zeros((2, 2)), table, path, bad, held_out=bad, colour=bad, plotlyjs="cdn")
     assert "<img" not in path.read_text() and path.read_text().count("</script>") == path.read_text().count("<script")
+
+
+CLASSES = np.arange(120) % 4
+
+
+def clouds(gap, seed=0, dimensions=16):
+    "Four classes of thirty points each, `gap` apart."
+    rng = np.random.default_rng(seed)
+    return gap * rng.normal(size=(4, dimensions))[CLASSES] + rng.normal(size=(120, dimensions))
+
+
+def median_move(maps, before, after):
+    return float(np.median(maps.moved(before, after)))
+
+
+def test_an_unchanged_embedding_stays_where_it_is_and_another_does_not():
+    x, rng = clouds(2), np.random.default_rng(1)
+    spin, _ = np.linalg.qr(rng.normal(size=(16, 16)))
+    maps = aligned_umap({"first": x, "stranger": rng.normal(size=(120, 7)), "same": x.copy(), "scaled": 1000 * x + 5,
+                         "turned": x @ spin, "mirrored": -x})
+    assert np.array_equal(maps["first"], maps["same"])
+    near = [name for name in maps if median_move(maps, "first", name) < 0.05]
+    assert near == ["first", "same", "scaled", "turned", "mirrored"]
+    assert median_move(maps, "first", "stranger") > 0.2
+
+
+def test_a_map_shows_no_classes_that_its_embedding_does_not_have():
+    "A start full of classes must not shine through: that would be a lie."
+    noise = {f"noise {i}": np.random.default_rng(9 + i).normal(size=(120, 32)) for i in range(4)}
+    embeddings = {"good": clouds(3)} | noise
+    maps = aligned_umap(embeddings)
+    half = np.arange(120) < 60
+
+    def found(name):
+        xy = maps[name]
+        return np.mean([knn_accuracy(xy[a], CLASSES[a], xy[~a], CLASSES[~a]) for a in (half, ~half)])
+
+    assert found("good") > 0.95
+    assert np.mean([found(name) for name in noise]) < 0.25 + 3 * np.sqrt(0.25 * 0.75 / 480)
+
+
+def test_maps_depend_on_embeddings_alone_not_on_order_or_threads():
+    embeddings = {"a": clouds(1), "b": clouds(2), "c": clouds(0)}
+    first, state, threads = aligned_umap(embeddings), torch.random.get_rng_state(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        second = aligned_umap(dict(reversed(embeddings.items())))
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert list(second) == ["c", "b", "a"] and second.trustworthiness == first.trustworthiness
+    assert all(np.array_equal(first[name], second[name]) for name in embeddings)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_trustworthiness_falls_with_the_map():
+    x = clouds(2)
+    maps = aligned_umap({"x": x})
+    wrong = np.random.default_rng(0).permutation(maps["x"])
+    assert maps.trustworthiness["x"] == trustworthiness(x, maps["x"]) > 0.9 > 0.6 > trustworthiness(x, wrong)
+
+
+def test_a_collapsed_embedding_is_one_point_and_disturbs_no_other():
+    x = clouds(2)
+    maps = aligned_umap({"x": x, "collapsed": np.full((120, 5), 3.0)})
+    assert not maps["collapsed"].any() and np.isnan(maps.trustworthiness["collapsed"])
+    assert np.array_equal(maps["x"], aligned_umap({"x": x})["x"])
+    alone = aligned_umap({"collapsed": np.full((120, 5), 3.0)})
+    fig = plot_maps(alone, held_out="x")
+    assert fig._repr_png_() and "trust" in fig.axes[0].get_xlabel() and "–" in fig.axes[0].get_xlabel()
+    assert [t.get_text() for t in fig.axes[0].texts] == ["all clips in one point"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 14, 15, 16])
+def test_few_clips_are_drawn_and_aligned(n):
+    x = np.random.default_rng(0).normal(size=(n, 8))
+    maps = aligned_umap({"x": x, "wide": np.hstack([x, x]), "thin": x[:, :1]})
+    assert all(xy.shape == (n, 2) and np.isfinite(xy).all() for xy in maps.values())
+    if n < 15: # more are laid out step by step, where pure noise has no place of its own
+        assert np.allclose(maps["x"], maps["wide"], atol=1e-4)
+
+
+def test_more_than_a_thousand_clips_are_drawn_by_seed(monkeypatch):
+    from audiomaepp import plots
+
+    x = np.tile(clouds(2), (9, 1))[:1050] + 0.5 * np.random.default_rng(5).normal(size=(1050, 16))
+    monkeypatch.setattr(plots._settle, "__defaults__", (60,)) # the count of steps is not in question
+    maps = aligned_umap({"x": x, "same": x.copy(), "stranger": np.random.default_rng(6).permutation(x)})
+    assert np.array_equal(maps["x"], maps["same"]) and median_move(maps, "x", "stranger") > 0.1
+
+
+def test_aligned_maps_share_one_frame_and_carry_their_numbers():
+    maps = aligned_umap({"left": clouds(1), "right": clouds(3)})
+    fig = plot_maps(maps, CLASSES, held_out="x", numbers={"left": {"kNN-10": 0.5}})
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1
+    fig._repr_png_() # drawing must not move the frame
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1
+    low, high = np.transpose([fig.axes[0].get_xlim(), fig.axes[0].get_ylim()])
+    assert all((xy > low).all() and (xy < high).all() for xy in maps.values())
+    below = [ax.get_xlabel().replace("\N{NO-BREAK SPACE}", " ") for ax in fig.axes]
+    assert below[0].startswith("kNN-10 0.50") and all("trust 0." in line for line in below)
+
+
+@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (4, 1, 4), (5, 2, 3), (8, 2, 4), (9, 3, 3), (16, 4, 4)])
+def test_many_settings_make_a_grid(n, rows, columns):
+    xy = np.random.default_rng(0).normal(size=(6, 2))
+    fig = plot_maps([(f"mask_ratio=0.{i}", xy) for i in range(n)], [0, 1] * 3, held_out="x")
+    assert fig.axes[0].get_gridspec().get_geometry() == (rows, columns)
+    assert sum(ax.get_visible() for ax in fig.axes) == n and len(fig.legends) == 1
+
+
+def test_shift_draws_the_clips_that_changed_most():
+    before = np.random.default_rng(0).normal(size=(20, 2))
+    after, moved = before.copy(), np.zeros(20)
+    after[[3, 7]] += 5
+    moved[[1, 2, 7]] = 1, 3, 2
+    for given, most, expected in ((None, 30, [3, 7]), (moved, 2, [2, 7]), (moved, 30, [2, 7, 1])):
+        fig = plot_shift(before, after, [0, 1] * 10, held_out="x", moved=given, most=most)
+        (lines,) = (c for c in fig.axes[0].collections if hasattr(c, "get_segments"))
+        starts = {tuple(segment[0]) for segment in lines.get_segments()}
+        assert starts == {tuple(before[i]) for i in expected}
+        assert fig._repr_png_()
+    with pytest.raises(ValueError, match="20, 19 and 20 rows"):
+        plot_shift(before, after[1:], held_out="x", moved=moved)
+
+
+def history(gain=0.0, contrastive=True, epochs=4):
+    "The rows of a run that is scored at odd epochs."
+    rows = []
+    for e in range(1, epochs + 1):
+        row = {"epoch": e, "step": 9 * e, "lr": 0.1 / e, "loss": 1 / e, "grad_norm": 1.0, "reconstruction": 1 / e}
+        row |= {"contrastive": 2 / e} if contrastive else {}
+        scores = {"heldout_reconstruction": 1.0, "heldout_uniformity": -1 - gain, "knn": 0.1 * e + gain}
+        rows.append(row | {"uniformity": -e / 2} | (scores if e % 2 else {}))
+    return rows
+
+
+def titles(fig):
+    return [ax.get_title() for ax in fig.axes if ax.get_visible()]
+
+
+def test_histories_show_a_panel_for_each_measure_and_a_line_for_each_setting():
+    fig = plot_histories({"neither": history(contrastive=False), "both": [history(0.1), history(0.3)]})
+    assert [title.replace("\n", " ") for title in titles(fig)] == [
+        "reconstruction error", "uniformity loss", "contrastive loss",
+        "kNN-10 accuracy (held-out clips)", "uniformity (held-out clips)", "reconstruction error (held-out clips)",
+    ]
+    panel = {ax.get_title(): ax for ax in fig.axes}
+    assert len(panel["contrastive loss"].lines) == 3 # two thin, one thick
+    knn = panel["kNN-10 accuracy\n(held-out clips)"].lines
+    thick = [line for line in knn if line.get_linewidth() > 1]
+    assert [len(knn), len(thick)] == [4, 2] and len({line.get_color() for line in knn}) == 2
+    np.testing.assert_allclose(thick[1].get_ydata(), [0.3, 0.5]) # the mean of two seeds
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["neither", "both"]
+    assert fig._repr_png_()
+
+
+def test_histories_take_the_columns_that_are_asked_for():
+    runs = {"slow": history(), "fast": [{**row, "lr": 2 * row["lr"]} for row in history()]}
+    assert "learning rate" in titles(plot_histories(runs)) # it differs
+    asked = plot_histories(runs, ["loss", "knn"], axis="epoch")
+    assert titles(asked) == ["total loss", "kNN-10 accuracy\n(held-out clips)"]
+    for call, message in [
+        (lambda: plot_histories(runs, ["kNN"]), "no run has a column kNN; there are lr, reconstruction"),
+        (lambda: plot_histories({}), "no curve to draw over 'step'"),
+        (lambda: plot_histories({"a": []}), "no curve to draw over 'step'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_seeds_of_different_length_are_averaged_where_all_have_values():
+    fig = plot_histories({"a": [history(epochs=4), history(epochs=2)], "b": history(epochs=1)}, ["reconstruction"])
+    (ax,) = (ax for ax in fig.axes if ax.get_visible())
+    assert [len(line.get_xdata()) for line in ax.lines if line.get_linewidth() > 1] == [2, 1]
+
+
+def test_alignment_refuses_what_cannot_be_aligned():
+    x = clouds(1)
+    for embeddings, message in [
+        ({}, "their rows are none"),
+        ({"a": x, "b": x[1:]}, "'a': 120, 'b': 119"),
+        ({"a": x, "b": np.full((120, 2), np.nan)}, "embedding 'b': .*NaN or infinity in 120 of 120 rows"),
+        ({"a": x[:, 0]}, r"embedding 'a': .*shape \(120,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            aligned_umap(embeddings)
