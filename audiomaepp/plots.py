@@ -241,10 +241,10 @@ class AlignedMaps(dict):
         trust = ", ".join(f"{name} {_short(t)}" for name, t in self.trustworthiness.items())
         return f"AlignedMaps: {len(self)} maps of {len(next(iter(self.values())))} clips; trustworthiness {trust}"
 
-# %% ../nbs/22_plots.ipynb #6c4971bf
+# %% ../nbs/22_plots.ipynb #4e64a60e
 def aligned_umap(
     embeddings: Mapping[str, Any], # {name: (n, D)}, row i the same clip in each; D may differ
-    seed: int = 0, # of a tiny stir at the start
+    seed: int = 0, # of the shaking, the same for every map
     n_neighbors: int = 15, # small: local detail; large: the broad arrangement
     standardised: bool = True, # centre and scale every dimension first
 ) -> AlignedMaps:
