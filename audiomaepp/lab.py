@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'FLOOR', 'CHANCE', 'MEASURES', 'validation_rows', 'probe_loader', 'Validation', 'floor_features', 'grid',
-           'name_settings', 'clip_digests', 'without_copies', 'open_parts', 'Experiment', 'differences', 'design',
-           'wants_pairs', 'Result', 'nearest_rows', 'run_folder', 'Verdict', 'Shift', 'moved_share', 'Comparison',
-           'compare_losses']
+           'name_settings', 'clip_digests', 'without_copies', 'open_parts', 'Experiment', 'differences', 'obstacles',
+           'design', 'wants_pairs', 'Result', 'nearest_rows', 'run_folder', 'Verdict', 'Shift', 'moved_share',
+           'Comparison', 'compare_losses']
 
 # %% ../nbs/23_lab.ipynb #1ace03d9
 import base64
@@ -43,8 +43,8 @@ from .train import History, Trainer, collapse_warning
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/23_lab.ipynb #efdbf009
-from .evaluate import _html_table, _text_table, wilson_interval
+# %% ../nbs/23_lab.ipynb #1fb05453
+from .evaluate import wilson_interval
 
 # %% ../nbs/23_lab.ipynb #bb71d7c0
 def validation_rows(
@@ -182,7 +182,7 @@ def _plain(value) -> str:
     "A value as one writes it on a command line."
     return "×".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
-# %% ../nbs/23_lab.ipynb #63cd013d
+# %% ../nbs/23_lab.ipynb #28f2789c
 def clip_digests(
     recordings: Recordings,
 ) -> list[str]:
@@ -201,11 +201,22 @@ def without_copies(
     if copies and given:
         i, path = copies[0]
         same = "is in both parts" if train.paths[i] == path else f"of the training part is held out too, as {path}"
-        raise ValueError(f"{train.paths[i]} {same} ({len(copies)} such clips); parts without a common clip would do")
+        many = _count(len(copies), "such clip")
+        raise ValueError(f"{train.paths[i]} {same} ({many}); parts without a common clip would do")
     if len(copies) == len(train):
         raise ValueError("each training clip is a copy of a held-out one; a split with others to train on would do")
     kept = train.select(np.setdiff1d(np.arange(len(train)), [i for i, _ in copies]))
-    return kept, f"; {len(copies)} copies of held-out clips not trained on" if copies else ""
+    return kept, f"; {_count(len(copies), 'clip')} not trained on: held out too" if copies else ""
+
+
+def _count(n: int, noun: str) -> str:
+    "So many of them: 1 clip, 2 clips."
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def _and(names: Sequence[str]) -> str:
+    "a, b and c."
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 # %% ../nbs/23_lab.ipynb #7a3fdc1b
 def open_parts(
@@ -237,7 +248,7 @@ def _common_classes(*parts: Recordings) -> list[Recordings]:
     names = list(dict.fromkeys(name for part in parts for name in part.classes))
     return [Recordings(p.table, p.sample_rate, names, p.waves, p.skipped, p.source) for p in parts]
 
-# %% ../nbs/23_lab.ipynb #ffaaff24
+# %% ../nbs/23_lab.ipynb #056615e7
 @dataclass
 class Experiment:
     "All that decides the numbers of a comparison, as plain JSON types."
@@ -265,6 +276,11 @@ class Experiment:
         "Every training, as (setting, seed)."
         return [(setting, seed) for seed in self.seeds for setting in self.settings]
 
+    def in_pairs(self) -> bool:
+        "Whether any setting contrasts clips of a class; then all settings see the clips in pairs of a class."
+        configs = [self.config(setting, 0) for setting in self.settings]
+        return bool(self.classes) and any(c.use_contrastive_loss and c.use_labels for c in configs)
+
 
 def _versions() -> dict[str, str]:
     "Of what computes the numbers."
@@ -286,6 +302,20 @@ def differences(
         elif a != b:
             words.append(f"{name}{key} was {a!r} and is {b!r}")
     return words
+
+
+def obstacles(
+    there: Experiment, # what a folder holds
+    now: Experiment, # what it is to hold
+) -> list[str]:
+    "What keeps one comparison from growing into another by settings and seeds, in words."
+    before, after = ({**asdict(e), "clips in pairs of a class": e.in_pairs()} for e in (there, now))
+    plain = json.dumps(Config.from_dict(there.base).to_dict()) # a field that is newer than the folder has its default
+    before["base"] = json.loads(plain)
+    after["settings"] = {name: now.settings[name] for name in there.settings if name in now.settings}
+    if set(there.seeds) <= set(now.seeds):
+        after["seeds"] = there.seeds
+    return differences(before, after)
 
 # %% ../nbs/23_lab.ipynb #5cb29349
 def design(
@@ -356,14 +386,13 @@ def _train(
     history = trainer.fit(make_loader(parts[0], cfg, pairs=pairs), watch.evaluate, best_by=None)
     return trainer.accelerator.unwrap_model(trainer.model), history
 
-# %% ../nbs/23_lab.ipynb #185aadfc
+# %% ../nbs/23_lab.ipynb #bb3df9ef
 def wants_pairs(
     experiment: Experiment,
     train: Recordings, # training part
 ) -> bool:
-    "Whether any setting contrasts clips of a class; then all settings see the clips in pairs of a class."
-    configs = [experiment.config(setting, 0) for setting in experiment.settings]
-    return bool((train.labels >= 0).any()) and any(c.use_contrastive_loss and c.use_labels for c in configs)
+    "Whether all settings see the training clips in pairs of a class: where there are labels, and any contrasts them."
+    return experiment.in_pairs() and bool((train.labels >= 0).any())
 
 # %% ../nbs/23_lab.ipynb #9da61103
 @dataclass(eq=False)
@@ -499,32 +528,42 @@ class _Tables:
         "Trainings that have no result yet, as (setting, seed)."
         return [run for run in self.experiment.runs() if run not in self.histories]
 
-# %% ../nbs/23_lab.ipynb #722d25a3
+# %% ../nbs/23_lab.ipynb #8679dff1
 @dataclass
 class Verdict:
     "The best row of a column against the next best."
 
     column: str # knn, linear or reconstruction
-    best: str # row
+    leaders: list[str] # the best row, and those equal to it
     second: str # row
     gap: float # how much better the best is
     margin: float # how much may be chance
-    basis: str # what the margin comes from
+    seeds: int # of each row
+    clips: int # held-out ones that an accuracy is of; 0 for other measures
+
+    @property
+    def best(self) -> str:
+        "The first of the leaders."
+        return self.leaders[0]
 
     @property
     def clear(self) -> bool:
         "Whether the gap is more than chance allows."
-        return self.gap > self.margin
+        return self.seeds > 1 and self.gap > self.margin
 
     def __str__(self):
-        name, low = MEASURES[self.column], f"±{self.margin:.2g}, {self.basis}"
-        if self.gap == 0:
-            return f"{name}: {self.best} and {self.second} are equal"
+        of = [_count(self.seeds, "seed")] + [_count(self.clips, "held-out clip")] * bool(self.clips)
+        name, low = MEASURES[self.column], f"±{self.margin:.2g}, {', '.join(of)}"
+        if len(self.leaders) > 1:
+            return f"{name}: {_and(self.leaders)} are equal"
         if self.clear:
             return f"{name}: {self.best} is best, {self.gap:.2g} better than {self.second} (more than {low})"
-        return f"{name}: {self.best} leads {self.second} by {self.gap:.2g}, which is within the spread ({low})"
+        leads = f"{name}: {self.best} leads {self.second} by {self.gap:.2g}"
+        if self.gap > self.margin:
+            return f"{leads} (more than {low}), but one seed does not tell whether another would say so too"
+        return f"{leads}, which is within the spread ({low})"
 
-# %% ../nbs/23_lab.ipynb #39494297
+# %% ../nbs/23_lab.ipynb #fc3bd9f7
 _MASKING = ("mask_ratio", "mask_mode", "norm_pix_loss", "patch_size", "img_size", "frontend", "normalize")
 
 
@@ -534,41 +573,78 @@ class _Verdicts:
     def verdicts(self) -> list[Verdict]:
         "For each column that has a better side: which row is best, and whether that is more than chance."
         rows = self.table.drop([FLOOR, CHANCE])
-        if len(rows) < 2:
-            return []
         found = [self._verdict(rows, name, 1) for name in _ACCURACIES if name in rows]
         masked_alike = not any(name in fields for fields in self.experiment.settings.values() for name in _MASKING)
-        if masked_alike and len(self.experiment.seeds) > 1:
+        if masked_alike and len(rows) and len(self.experiment.seeds) > 1:
             found.append(self._verdict(rows.drop_duplicates("setting"), "reconstruction", -1))
         return [verdict for verdict in found if verdict is not None]
 
     def _verdict(self, rows, column: str, sign: int) -> Verdict | None:
         "Compare the two best rows of a column."
-        values = (sign * rows[column]).dropna().sort_values(ascending=False, kind="stable")
+        values = (sign * rows[column]).dropna().sort_values(ascending=False, kind="stable").round(9)
         if len(values) < 2:
             return None
-        best, second = values.index[:2]
-        margins = {f"{len(self.experiment.seeds)} seeds": float(np.nanmax([0, *rows[f"{column}_sd"][[best, second]]]))}
+        leaders, second = list(values.index[values == values.iloc[0]]), values.index[1]
+        margin = self._margin(rows, column, [leaders[0], second])
+        clips = self._clips() if column in _ACCURACIES else 0
+        seeds = int(rows["seeds"].max())
+        return Verdict(column, leaders, second, float(values.iloc[0] - values.iloc[1]), margin, seeds, clips)
+
+    def _margin(self, rows, column: str, compared: list[str]) -> float:
+        "How much of a number may be chance: of one row, or of the difference of two."
+        margin = _seed_margin(rows, column, compared)
         if column in _ACCURACIES:
-            clips = int(self.held_out["label"].notna().sum())
-            low, high = wilson_interval(float(rows[column][best]), clips)
-            margins[f"{clips} held-out clips"] = (high - low) / 2
-        basis = max(margins, key=margins.get)
-        return Verdict(column, best, second, float(values.iloc[0] - values.iloc[1]), margins[basis], basis)
+            low, high = wilson_interval(float(rows[column][compared[0]]), self._clips())
+            margin = float(np.hypot(margin, (high - low) / 2))
+        return margin
+
+    def _clips(self) -> int:
+        "How many held-out clips an accuracy is of."
+        return int(self.held_out["label"].notna().sum())
+
+    def against_floor(self) -> list[str]:
+        "For each accuracy, which rows lie below what log-mel statistics give, and which clearly above."
+        rows, words = self.table.drop([FLOOR, CHANCE]), []
+        for column in (name for name in _ACCURACIES if name in rows):
+            floor, found = self.floor.scores[column], {}
+            for name, value in rows[column].dropna().items():
+                clear = value - floor > self._margin(rows, column, [name])
+                side = "below" if value < floor else f"above it by {'' if clear else 'no '}more than the interval"
+                found.setdefault(side.replace("below", "below it"), []).append(name)
+            said = [f"{_who(names, len(rows))} {side}" for side, names in sorted(found.items(), reverse=True)]
+            words += [f"{MEASURES[column]}, floor {floor:.2f}: {'; '.join(said)}"] * bool(said)
+        return words
 
     def remarks(self) -> list[str]:
         "Sentences that belong below the table."
-        words = [str(verdict) for verdict in self.verdicts()]
+        words = [*self.against_floor(), *map(str, self.verdicts())]
         warned = self.scores.groupby("setting", sort=False) if self.results else {}
         words += [f"{name}: {text}" for name, part in warned for text in part["warning"].unique() if text]
         words += [f"{setting} (seed {seed}) failed: {why}" for (setting, seed), why in self.failed.items()]
         if self.unfinished:
             words.append("not finished: " + ", ".join(f"{setting} (seed {seed})" for setting, seed in self.unfinished))
-        if self.skipped:
-            words.append(f"{len(self.skipped)} recordings left out: they could not be read")
+        if n := len(self.skipped):
+            words.append(f"{_count(n, 'recording')} left out: {'it' if n == 1 else 'they'} could not be read")
         return words
 
-# %% ../nbs/23_lab.ipynb #9585a30d
+
+def _who(names: list[str], of: int) -> str:
+    "Some of so many rows, as the beginning of a sentence."
+    return "all are" if len(names) == of > 1 else f"{_and(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def _seed_margin(rows, column: str, compared: list[str]) -> float:
+    "Half the 95 % t interval of a mean, or of the difference of two; its spread is that of all rows. 0 for one seed."
+    from scipy.special import stdtrit
+
+    free = rows["seeds"] - 1
+    degrees = int(free[~rows["setting"].duplicated()].sum()) # ways of pooling share their trainings
+    if not degrees:
+        return 0.0
+    variance = (free * rows[f"{column}_sd"].fillna(0) ** 2).sum() / free.sum()
+    return float(stdtrit(degrees, 0.975) * np.sqrt(variance * (1 / rows["seeds"][compared]).sum()))
+
+# %% ../nbs/23_lab.ipynb #c35afd77
 def _number(mean: float, spread: float | None, column: str) -> str:
     "A cell of the table."
     if mean != mean:
@@ -577,6 +653,32 @@ def _number(mean: float, spread: float | None, column: str) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None and spread == spread else "")
 
 
+def _sides(cells: list[list[str]]) -> list[bool]:
+    "Whether a column stands right: numbers do, text and the first column do not."
+    numbers = [all(re.fullmatch(r"[★ \d.±–-]*", cell) for cell in column) for column in zip(*cells[1:], strict=True)]
+    return [False, *numbers[1:]]
+
+
+def _text_cells(title: str, cells: list[list[str]]) -> str:
+    "A table as text, head first."
+    widths, right = [max(map(len, column)) for column in zip(*cells, strict=True)], _sides(cells)
+    lines = [[(str.rjust if r else str.ljust)(*c) for r, *c in zip(right, row, widths, strict=True)] for row in cells]
+    return "\n".join([title, *("  ".join(line).rstrip() for line in lines)])
+
+
+def _html_cells(title: str, cells: list[list[str]]) -> str:
+    "A table in HTML, head first, everything escaped."
+    sides = ["right" if right else "left" for right in _sides(cells)]
+
+    def line(tag, row):
+        shown = zip(sides, map(html.escape, row), strict=True)
+        return "<tr>" + "".join(f"<{tag} style='text-align:{side}'>{cell}</{tag}>" for side, cell in shown) + "</tr>"
+
+    caption = f"<caption>{html.escape(title)}</caption>" * bool(title)
+    body = "".join(line("td", row) for row in cells[1:])
+    return f"<table>{caption}<thead>{line('th', cells[0])}</thead><tbody>{body}</tbody></table>"
+
+# %% ../nbs/23_lab.ipynb #fe7e8ce5
 class _Text(_Tables, _Verdicts):
     "How a comparison shows itself."
 
@@ -592,20 +694,20 @@ class _Text(_Tables, _Verdicts):
 
     def _heading(self) -> str:
         "What is compared, on what."
-        n, seeds = len(self.experiment.settings), self.experiment.seeds
+        n, seeds = _count(len(self.experiment.settings), "setting"), self.experiment.seeds
         many = f"{len(seeds)} seeds: mean ± standard deviation" if len(seeds) > 1 else f"one seed ({seeds[0]})"
-        return f"{n} settings, {many}; held-out clips of {self.experiment.source}, {self.experiment.protocol}"
+        return f"{n}, {many}; held-out clips of {self.experiment.source}, {self.experiment.protocol}"
 
     def __str__(self):
-        return "\n".join([_text_table(self._heading(), self._cells()), *(f"– {line}" for line in self.remarks())])
+        return "\n".join([_text_cells(self._heading(), self._cells()), *(f"– {line}" for line in self.remarks())])
 
     __repr__ = __str__
 
     def _repr_html_(self):
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks())
-        return f"{_html_table(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
+        return f"{_html_cells(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
 
-# %% ../nbs/23_lab.ipynb #40787db3
+# %% ../nbs/23_lab.ipynb #7f99a2e2
 @dataclass(repr=False)
 class Shift:
     "What changed for the held-out clips from one row of a comparison to another."
@@ -623,31 +725,42 @@ class Shift:
     def parts(self, most: int = 6) -> dict[str, list[list[str]]]:
         "The tables worth a look, as cells under their titles."
         gone, come = self.confusions.query("difference < 0"), self.confusions.query("difference > 0")[::-1]
-        clips = self.clips.assign(path=[Path(path).name for path in self.clips["path"]])
+        clips = self.clips.assign(path=_short_names(self.clips["path"]))
         named = {"classes that changed most": self.classes, "confusions that went away": gone,
                  "confusions that came": come, "clips that moved most": clips}
         return {title: _cells_of(frame.head(most)) for title, frame in named.items() if len(frame)}
 
     def __str__(self):
-        return "\n\n".join([self._heading(), *(_text_table(title, cells) for title, cells in self.parts().items())])
+        return "\n\n".join([self._heading(), *(_text_cells(title, cells) for title, cells in self.parts().items())])
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        tables = "".join(f"<div class='wide'>{_html_table(name, cells)}</div>" for name, cells in self.parts().items())
+        tables = "".join(f"<div class='wide'>{_html_cells(name, cells)}</div>" for name, cells in self.parts().items())
         flow = "display:flex;flex-wrap:wrap;gap:.5em 2em;align-items:flex-start"
         head = f"<p>{html.escape(self._heading())}</p><p><small>{html.escape(_COLUMNS)}</small></p>"
         return f"{head}<div style='{flow}'>{tables}</div>"
 
     def _heading(self) -> str:
         many = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
-        usual = f" (between two seeds of one setting: {self.usual:.0%})" if self.usual == self.usual else ""
+        noise = self.moved <= self.usual
+        usual = f"{'no ' * noise}more than between two seeds of one setting ({self.usual:.0%})"
+        if noise:
+            usual += ": what follows may be chance"
+        elif self.usual != self.usual:
+            usual = "but one seed does not tell how many change from seed to seed"
         return (f"{self.before} → {self.after}, {many}; held-out clips, {self.protocol}: "
-                f"{self.moved:.0%} of a clip's ten neighbours changed{usual}")
+                f"{self.moved:.0%} of a clip's ten neighbours changed, {usual}")
 
 
 _COLUMNS = ("recall: share of the clips of a class that their neighbours name rightly; own: share of a clip's ten "
             "nearest training clips that are of its class; moved: share of them that changed")
+
+
+def _short_names(paths: Iterable[str]) -> list[str]:
+    "The names of files, with their folder where names alone do not tell them apart."
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else ["/".join(Path(path).parts[-2:]) for path in paths]
 
 
 def _cells_of(frame: "pd.DataFrame") -> list[list[str]]:
@@ -754,7 +867,7 @@ def _confusion_shifts(comparison: "Comparison", pairs: list[tuple[Result, Result
     frame = pd.DataFrame(rows, columns=["true", "predicted", "before", "after", "difference"])
     return frame.sort_values(["difference", "before"], ascending=[True, False], kind="stable", ignore_index=True)
 
-# %% ../nbs/23_lab.ipynb #4e3ec1d1
+# %% ../nbs/23_lab.ipynb #14e90885
 class _Pictures:
     "A comparison, drawn."
 
@@ -772,14 +885,13 @@ class _Pictures:
             raise ValueError(f"colour={colour!r} is no column; one of {', '.join(self.held_out.columns)} would do")
         shown = {row: self.results_of(row, seed)[0] for row in settings or self.table.index.drop(CHANCE)}
         maps = self._aligned(shown)
-        panels = [(row, maps[row], _numbers(result.scores) | {"trust": maps.trustworthiness[row]})
-                  for row, result in shown.items()]
+        numbers = {row: _numbers(result.scores) for row, result in shown.items()}
         by_label = colour == "label"
         seeds = {result.seed for result in shown.values() if result is not self.floor}
         title = self.experiment.source + f", seed {min(seeds)}" * (len(self.experiment.seeds) > 1 and len(seeds) == 1)
-        return plot_maps(panels, self.labels if by_label else self.held_out[colour].to_numpy(), title,
+        return plot_maps(maps, self.labels if by_label else self.held_out[colour].to_numpy(), title,
                          held_out=self.experiment.protocol, names=self.experiment.classes if by_label else None,
-                         columns=columns or (2 if len(panels) == 4 else min(3, len(panels))),
+                         numbers=numbers, columns=columns or (2 if len(maps) == 4 else min(3, len(maps))),
                          legend="" if by_label else colour)
 
     def _aligned(self, shown: dict[str, Result]):
@@ -791,20 +903,20 @@ class _Pictures:
             self.maps[key] = aligned_umap({row: result.x for row, result in shown.items()})
         return self.maps[key]
 
-    def curves(self, columns: Sequence[str] | None = None): # Figure
+    def curves(self, columns: Sequence[str] | None = None, across: int = 3): # Figure
         "Every loss and every held-out score on the way, a line for each setting."
         from audiomaepp.plots import plot_histories
 
         runs = {name: [h.rows for (setting, _), h in self.histories.items() if setting == name and h.rows]
                 for name in self.experiment.settings}
-        return plot_histories({name: rows for name, rows in runs.items() if rows}, columns)
+        return plot_histories({name: rows for name, rows in runs.items() if rows}, columns, across=across)
 
 
 def _numbers(scores: dict[str, float]) -> dict[str, float]:
     "What stands under a map."
     return {MEASURES[name]: scores[name] for name in ("knn", "linear", "rankme") if name in scores}
 
-# %% ../nbs/23_lab.ipynb #50140ecf
+# %% ../nbs/23_lab.ipynb #ec795b48
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --soft: #6b6b70; --line: #d9d9de; --card: #f5f5f7 }
 @media (prefers-color-scheme: dark) {
@@ -813,11 +925,16 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 p, li { max-width: 44rem } ul { padding-left: 1.2rem } .soft, caption { color: var(--soft); font-size: .9rem }
-.wide { overflow-x: auto; max-width: 100%; margin: .7rem 0 } table { border-collapse: collapse; font-size: .88rem;
-  font-variant-numeric: tabular-nums } caption { text-align: left; padding: .2rem .6rem }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper) }
-img { background: #fff; border-radius: .5rem; display: block; max-width: 100%; min-width: min(34rem, 150vw) }
+.wide { overflow-x: auto; max-width: 100%; margin: .7rem 0; background: no-repeat right / 2.5rem 100% local
+  linear-gradient(to left, var(--paper), var(--paper)), no-repeat right / .9rem 100% linear-gradient(to left,
+  #8888, transparent) } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; padding: .2rem .6rem } th, td { padding: .3rem .6rem; white-space: nowrap;
+  border-bottom: 1px solid var(--line) } th:first-child, td:first-child { position: sticky; left: 0;
+  background: var(--paper); white-space: normal; overflow-wrap: break-word; max-width: 30vw }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .8rem;
+  margin: .7rem 0 } .panels img { background: #fff; border-radius: .5rem; width: 100%; max-width: 27rem }
+.panels img.bar { width: auto; height: 15rem } .legend span { margin-right: 1rem; white-space: nowrap }
+svg { width: .8em; height: .8em } details { margin: .7rem 0 } summary { cursor: pointer }
 pre { background: var(--card); padding: .8rem; border-radius: .5rem; overflow-x: auto; font-size: .82rem }
 """
 
@@ -831,14 +948,55 @@ def _page(title: str, sections: dict[str, str]) -> str:
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
 
 
-def _picture(figure, says: str) -> str:
-    "A figure inside the page."
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    source = base64.b64encode(png.getvalue()).decode()
-    return f'<div class="wide"><img alt="{html.escape(says)}" src="data:image/png;base64,{source}"></div>'
+def _panels(figure, says: str) -> str:
+    "Each panel of a figure as a picture of its own, so that a narrow screen shows one below the other; then a legend."
+    from PIL import Image
+
+    axes = [ax for ax in figure.axes if ax.get_visible()]
+    for ax in axes:
+        ax.tick_params(labelbottom=True) # each stands alone
+    figure.set_dpi(160)
+    figure.savefig(whole := io.BytesIO(), format="png", dpi=160)
+    drawn, shown = Image.open(whole).convert("RGB"), []
+    inner = np.array([ax.get_window_extent().extents for ax in axes]) # left, low, right, high, in pixels
+    outer = np.array([ax.get_tightbbox().extents for ax in axes])
+    named = np.array([bool(ax.get_title()) for ax in axes]) # a colour bar is not
+    room = (outer - inner)[named]
+    frame = inner + np.r_[room[:, :2].min(0), room[:, 2:].max(0)] # panels have one size
+    for ax, name, part, around in zip(axes, named, outer, np.where(named[:, None], frame, outer), strict=True):
+        page, png = Image.new("RGB", tuple((around[2:] - around[:2] + 12).astype(int)), "white"), io.BytesIO()
+        left, low, right, high = np.round(part).astype(int)
+        panel = drawn.crop((left, drawn.height - high, right, drawn.height - low))
+        page.paste(panel, (int(left - around[0]) + 6, int(around[3] - high) + 6))
+        page.quantize(128).save(png, "PNG", optimize=True)
+        alt = html.escape(f"{says}: {' '.join(ax.get_title().split())}")
+        tag = f'alt="{alt}"' if name else 'class="bar" alt="colours"'
+        shown.append(f'<img {tag} src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">')
+    return f'<div class="panels">{"".join(shown)}</div>{_legend(figure)}'
+
+# %% ../nbs/23_lab.ipynb #0b8e0382
+def _legend(figure) -> str:
+    "The legend of a figure, or what stands in its place, as text."
+    words = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
+    entries = [(handle, text.get_text()) for legend in figure.legends
+               for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)]
+    words = [html.escape(line) for line in words if line]
+    words += [f"<span>{_swatch(handle)} {html.escape(text)}</span>" for handle, text in entries]
+    return f'<p class="legend">{" ".join(words)}</p>' if words else ""
 
 
+def _swatch(handle) -> str:
+    "The colour and shape of an entry of a legend."
+    from matplotlib.colors import to_hex
+
+    if hasattr(handle, "get_color"):
+        shape, colour = "-.5,-.15 .5,-.15 .5,.15 -.5,.15", to_hex(handle.get_color())
+    else:
+        corners = handle.get_paths()[0].to_polygons()[0]
+        shape, colour = " ".join(f"{x:.2f},{-y:.2f}" for x, y in corners), to_hex(handle.get_facecolor()[0])
+    return f'<svg viewBox="-.6 -.6 1.2 1.2"><polygon points="{shape}" fill="{colour}"/></svg>'
+
+# %% ../nbs/23_lab.ipynb #ffe55959
 def _listed(lines: Iterable[str]) -> str:
     "Lines as a list."
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
@@ -865,7 +1023,7 @@ def _repeat(experiment: Experiment) -> str:
     lines = [f"{experiment.source!r},", f"{settings},", *lines, f"base=Config(\n        {fields},\n    ),"]
     return "\n".join(["compare_losses(", *(f"    {line}" for line in lines), ")"])
 
-# %% ../nbs/23_lab.ipynb #5d7ae42f
+# %% ../nbs/23_lab.ipynb #dc7c31a4
 _PROTOCOL = (
     "All settings start from the same initial weights (where they have the same layers) and see the same clips in the "
     "same order; all training clips are fitted, and the last weights are taken.",
@@ -873,8 +1031,9 @@ _PROTOCOL = (
     "on them, and needs other clips to say how good it is.",
     "kNN-10: cosine, on vectors standardised on the training clips. Linear: softmax regression on the same vectors; "
     "its penalty is chosen on an inner split of the training clips.",
-    "A star marks a best number that is ahead by more than half the 95 % Wilson interval of that many clips and by "
-    "more than the standard deviation over seeds.",
+    "A star marks a best number that is ahead by more than chance allows: half the 95 % t interval of the difference "
+    "over seeds (one spread for all settings) and half the 95 % Wilson interval of that many clips, added as squares. "
+    "Against the floor the interval is that of one row; with a single seed it is that of the clips alone.",
     "Reconstruction errors are comparable only where masking, patches and front end are the same. Seconds are of the "
     "training alone, without its measurements.",
 )
@@ -883,32 +1042,44 @@ _PROTOCOL = (
 class _Sections:
     "The parts of a report that need some work."
 
-    def _map_pictures(self) -> Iterable[str]:
-        "The maps by label, if there are labels, and by other metadata."
+    def _maps(self) -> str:
+        "The maps by label, if there are labels; those by other metadata are folded."
         columns = ["label"] if (self.labels >= 0).any() else []
-        for column in (columns + _metadata(self.held_out)) or ["label"]:
-            picture = _picture(self.plot(column), f"maps of held-out clips, coloured by {column}")
-            yield f'<p class="soft">by {html.escape(column)}</p>{picture}'
+        columns = (columns + _metadata(self.held_out)) or ["label"]
+        maps = [_panels(self.plot(column, columns=len(self.table) - 1), f"map by {column}") for column in columns]
+        folded = [f"<details><summary>by {html.escape(name)}</summary>{text}</details>"
+                  for name, text in zip(columns[1:], maps[1:], strict=True)]
+        return f'<p class="soft">held-out clips by {html.escape(columns[0])}</p>{maps[0]}{"".join(folded)}'
 
     def _movement(self) -> str:
-        "From the first setting to the best of the others."
+        "From the first row to the one with the highest kNN-10 of the others."
         rows = self.table.drop([FLOOR, CHANCE])
         if len(rows) < 2:
             return ""
-        others = rows.iloc[1:]
-        best = others["knn"].idxmax() if "knn" in others else others.index[-1]
-        return self.shift(rows.index[0], best)._repr_html_()
+        others, why = rows.iloc[1:], ""
+        after = others.index[-1]
+        if "knn" in others:
+            after, why = others["knn"].idxmax(), ": it has the highest kNN-10 of the others"
+            verdict = self._verdict(others, "knn", 1)
+            if verdict and not verdict.clear:
+                after = verdict.best
+                why = f"{why}, though not clearly" if verdict.gap else f": {_and(verdict.leaders)} have the same kNN-10"
+        words = html.escape(f"From {rows.index[0]} to {after}{why}.")
+        return f'<p class="soft">{words}</p>{self.shift(rows.index[0], after)._repr_html_()}'
 
     def _settings(self) -> str:
-        "What all share, and what each changes."
+        "What all share, and what each changes, where its name does not say it."
         def shown(fields):
             return ", ".join(f"{k}={_plain(v)}" for k, v in fields.items()) or "no change"
 
         e = self.experiment
-        shared = shown(Config.from_dict(e.base).diff())
-        return f"<p>All: {html.escape(shared)}</p>" + _listed(f"{k}: {shown(v)}" for k, v in e.settings.items())
+        replaced = set.intersection(*map(set, e.settings.values()))
+        shared = {k: v for k, v in Config.from_dict(e.base).diff().items() if k not in replaced}
+        each = [f"{name}: {shown(fields)}" for name, fields in e.settings.items() if name != shown(fields)]
+        common = f"<p>Unless a setting changes it: {html.escape(shown(shared))}</p>" if shared else ""
+        return common + (_listed(each) if each else "")
 
-# %% ../nbs/23_lab.ipynb #d6007836
+# %% ../nbs/23_lab.ipynb #ce9e62f9
 class _Report(_Sections):
     "A comparison as one HTML file."
 
@@ -917,15 +1088,17 @@ class _Report(_Sections):
         path: str | os.PathLike, # the file to write
         title: str = "What each setting does", # above everything
         repeat: str = "", # the command that runs it again; the Python call when left out
-        pictures: bool = True, # maps and curves
+        maps: bool = True, # with maps of the held-out clips
+        pictures: bool = True, # with maps and curves
     ) -> Path:
         "Write the table, the pictures, what moved, every setting, and how it was split and measured."
         e = self.experiment
-        table = f'<div class="wide">{_html_table("", self._cells()).replace("<caption></caption>", "")}</div>'
+        table = f'<div class="wide">{_html_cells("", self._cells())}</div>'
+        curves = any(history.rows for history in self.histories.values())
         sections = {
             "Held-out clips": f"<p>{html.escape(self._heading())}</p>{table}{_listed(self.remarks())}",
-            "Maps": "".join(self._map_pictures()) if pictures else "",
-            "On the way": _picture(self.curves(), "curves") if pictures and self.histories else "",
+            "Maps": self._maps() if pictures and maps else "",
+            "On the way": _panels(self.curves(across=100), "curve") if pictures and curves else "",
             "What moved": self._movement(),
             "Settings": self._settings(),
             "How it was measured": _listed(_PROTOCOL),
@@ -1015,22 +1188,23 @@ class Comparison(_Text, _Shifts, _Pictures, _Report, _Files):
         numbers = {name: i for i, name in enumerate(self.experiment.classes)}
         return np.array([numbers.get(name, -1) for name in self.held_out["label"]], dtype=np.int64)
 
-# %% ../nbs/23_lab.ipynb #dbbbfcbd
+# %% ../nbs/23_lab.ipynb #af748d14
 def _begin(
     folder: str | os.PathLike, # of the comparison; made if it isn't there
     experiment: Experiment,
     held_out: "pd.DataFrame", # the held-out clips
     facts: dict, # chance, skipped
 ):
-    "Write what a comparison is. Raises `ValueError` if the folder holds another one, and says how it differs."
+    "Write what a comparison is. Raises `ValueError` if the folder holds one that cannot grow into it, and says why."
     folder = Path(folder)
     path = folder / "comparison.json"
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))["experiment"]
-        if words := differences(there, asdict(experiment)):
+        if words := obstacles(_experiment_of(path), experiment):
             more = f"; and {len(words) - 4} more" * (len(words) > 4)
-            raise ValueError(f"{folder} holds another comparison: {'; '.join(words[:4])}{more}. "
-                             "The same settings and data, or another folder, would do")
+            versions = all(word.startswith("versions.") for word in words)
+            same = "the versions it was begun with" if versions else "the same data and settings (and more of these)"
+            raise ValueError(f"{folder} holds another comparison: {'; '.join(words[:4])}{more}. Comparison.load reads "
+                             f"what is there; to train more, {same} or another folder would do")
     folder.mkdir(parents=True, exist_ok=True)
     plain = held_out.copy()
     for name in plain.select_dtypes(exclude=["number", "bool", "datetime"]):
@@ -1039,18 +1213,30 @@ def _begin(
     write_atomic(path, json.dumps({"experiment": asdict(experiment), **facts}, indent=2).encode() + b"\n")
 
 
+def _experiment_of(path: Path) -> Experiment:
+    "What a comparison.json defines."
+    return Experiment(**json.loads(path.read_text(encoding="utf-8"))["experiment"])
+
+
+def _versions_of(folder: Path, experiment: Experiment) -> dict[str, str]:
+    "Those that a finished folder was computed with, as nothing is mixed where nothing is trained; else today's."
+    finished = all(_is_finished(run_folder(folder, *run)) for run in [(FLOOR, 0), *experiment.runs()])
+    path = folder / "comparison.json"
+    return _experiment_of(path).versions if finished and path.exists() else experiment.versions
+
+
 def _utf8(value) -> str | None:
     "A cell of a table as text that can be written: a file's name may hold bytes that are no UTF-8."
     return None if value is None or value != value else os.fsencode(str(value)).decode("utf-8", "replace")
 
-# %% ../nbs/23_lab.ipynb #8f3d98a1
+# %% ../nbs/23_lab.ipynb #fda10388
 def compare_losses(
     data, # what `open_recordings` opens, or a pair of such: (training part, held-out part)
     settings: Mapping[str, dict] | Sequence[dict] | None = None, # name → fields, or what `grid` gives; None: `LOSSES`
     seeds: Iterable[int] = (0,), # each setting is trained once with each
     *,
     base: Config | str | None = None, # what the settings change: a config, a preset's name, or None for nano
-    out: str | os.PathLike | None = None, # folder that keeps everything; with it, a killed comparison goes on
+    out: str | os.PathLike | None = None, # folder that keeps everything: a killed one goes on, and it may grow
     pooling: str | Sequence[str] | None = None, # ways to embed each trained model; None: the setting's own
     fold=None, # hold out this fold, see `split`
     group=None, # hold out this group, see `split`
@@ -1068,10 +1254,12 @@ def compare_losses(
     experiment.split = _told(data, fold=fold, group=group, held_out=held_out, fraction=fraction, split_seed=split_seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out or temporary)
+        experiment.versions = _versions_of(folder, experiment)
         _measure_floor(experiment, (train, test), folder)
         with tqdm(total=_epochs(experiment), unit="epoch", disable=quiet) as bar:
             for setting, seed in experiment.runs():
-                bar.set_description(f"{setting}, seed {seed}")
+                bar.set_description(f"{setting}, seed {seed}", refresh=False)
+                bar.set_postfix_str("")
                 _measure(experiment, (setting, seed), (train, test), folder, bar)
         return Comparison.load(folder)
 

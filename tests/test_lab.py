@@ -1,5 +1,7 @@
 """The lab is fair: one start, one order, one held-out part for all; nothing leaks; a kill changes no number."""
 
+import dataclasses
+import io
 import json
 import os
 import signal
@@ -190,7 +192,7 @@ def test_copies_within_a_folder_are_not_trained_on(sounds, tmp_path):
         path.with_name(f"{path.stem}_again.wav").write_bytes(path.read_bytes())
     train, test, words = lab.open_parts(tmp_path, 16000)
     assert not set(lab.clip_digests(train)) & set(lab.clip_digests(test))
-    assert f"{48 - len(train) - len(test)} copies of held-out clips not trained on" in words
+    assert f"{48 - len(train) - len(test)} clips not trained on: held out too" in words
 
 
 def test_a_folder_goes_on_with_the_same_comparison_only(comparison, sounds, tmp_path, monkeypatch):
@@ -200,7 +202,9 @@ def test_a_folder_goes_on_with_the_same_comparison_only(comparison, sounds, tmp_
     same = dict(base=config(), out=folder, pooling=("mean", "cls"), fraction=0.4, quiet=True)
     assert compare_losses(sounds, TWO, (0, 1), **same).same_as(comparison)
     for changed, words in [
-        (dict(seeds=(0, 2)), "seeds"), (dict(settings=LOSSES), "settings"), (dict(base=config(depth=2)), "base.depth"),
+        (dict(seeds=(0, 2)), "seeds"), (dict(seeds=(1,)), "seeds"), (dict(base=config(depth=2)), "base.depth"),
+        (dict(settings={"both": TWO["both"]}), "settings.neither"),
+        (dict(settings={**TWO, "both": {**TWO["both"], "mask_ratio": 0.5}}), "settings.both.mask_ratio"),
         (dict(pooling="cls"), "pooling"), (dict(split_seed=1), "data."), (dict(fraction=0.5), "protocol"),
         (dict(data=synthesize(n=6, classes=4, seed=1)), "data."),
     ]:  # fmt: skip
@@ -208,12 +212,79 @@ def test_a_folder_goes_on_with_the_same_comparison_only(comparison, sounds, tmp_
             compare_losses(**{**same, "data": sounds, "settings": TWO, "seeds": (0, 1), **changed})
 
 
+def test_a_folder_takes_more_seeds_and_settings_and_trains_only_those(sounds, tmp_path, monkeypatch):
+    trained, whole = [], Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **kw: trained.append(1) or whole(self, *args, **kw))
+
+    def compare(settings, seeds, out):
+        return compare_losses(sounds, settings, seeds, base=config(epochs=1), out=tmp_path / out, quiet=True)
+
+    one = {"both": TWO["both"]}
+    first = compare(one, (0,), "grown")
+    more_seeds = compare(one, (0, 1), "grown")
+    assert len(trained) == 2 and more_seeds.results[0].scores == first.results[0].scores
+    grown = compare(TWO, (0, 1), "grown")
+    assert len(trained) == 4 and grown.same_as(compare(TWO, (0, 1), "at once")) and not grown.unfinished
+
+
+def test_a_setting_that_changes_the_order_of_the_clips_is_not_added(sounds, tmp_path):
+    options = dict(base=config(epochs=1), out=tmp_path, quiet=True)
+    compare_losses(sounds, {"neither": TWO["neither"]}, **options)
+    with pytest.raises(ValueError, match="in pairs of a class was False and is True"):
+        compare_losses(sounds, TWO, **options)
+
+
+def test_results_of_another_version_can_be_read_but_not_mixed(comparison, sounds, tmp_path, monkeypatch):
+    no_training(monkeypatch)
+    comparison.save(tmp_path)
+    path = tmp_path / "comparison.json"
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    same = dict(base=config(), out=tmp_path, pooling=("mean", "cls"), fraction=0.4, quiet=True)
+    finished = compare_losses(sounds, TWO, (0, 1), **same)
+    assert finished.experiment.versions["torch"] == Comparison.load(tmp_path).experiment.versions["torch"] == "1.0"
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="versions.torch was '1.0' and is .*Comparison.load.* another folder"):
+        compare_losses(sounds, TWO, (0, 1, 2), **same)
+    with pytest.raises(ValueError, match="versions.torch"):
+        comparison.save(tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_field_that_is_newer_than_a_folder_counts_as_its_default(comparison, sounds, tmp_path, monkeypatch):
+    no_training(monkeypatch)
+    comparison.save(tmp_path)
+    path = tmp_path / "comparison.json"
+    facts = json.loads(path.read_text())
+    del facts["experiment"]["base"]["rope"]
+    path.write_text(json.dumps(facts))
+    options = dict(base=config(), out=tmp_path, pooling=("mean", "cls"), fraction=0.4, quiet=True)
+    assert compare_losses(sounds, TWO, (0, 1), **options).same_as(comparison)
+
+
+def test_the_progress_of_a_training_begins_without_the_score_of_the_one_before(sounds, monkeypatch):
+    bars, shown, whole = [], [], Trainer.fit
+
+    class Bar(lab.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "file": io.StringIO()})
+            bars.append(self)
+
+    def fit(self, *args, **kwargs):
+        shown.append(bars[0].postfix)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(lab, "tqdm", Bar)
+    monkeypatch.setattr(Trainer, "fit", fit)
+    compare_losses(sounds, TWO, base=config(epochs=1))
+    assert [text or "" for text in shown] == ["", ""] and "kNN" in bars[0].postfix
+
+
 def test_clips_that_cannot_be_read_are_left_out_once_and_listed(sounds, tmp_path):
     write(tmp_path / "data", sounds)
     (tmp_path / "data" / "struck.wav").write_bytes(b"no sound")
     result = compare_losses(tmp_path / "data", {"neither": LOSSES["neither"]}, base=config(epochs=1), quiet=True)
     assert [Path(path).name for path, _ in result.skipped] == ["struck.wav"]
-    assert "1 recordings left out" in str(result)
+    assert "1 recording left out: it could not be read" in str(result) and "1 setting, one seed" in str(result)
 
 
 def test_parts_opened_apart_get_common_classes(sounds, tmp_path):
@@ -302,20 +373,72 @@ def test_the_table_holds_mean_and_spread_over_seeds(comparison):
     assert first != second
 
 
-def test_a_best_is_named_only_beyond_the_spread(comparison):
-    def with_scores(values):
-        results = [r for r in comparison.results if r.pooling == "mean"]
-        copies = [lab.Result(**{**vars(r), "scores": {**r.scores, "knn": values[r.setting][r.seed]}}) for r in results]
-        changed = Comparison(**{**vars(comparison), "results": copies})
-        return next(v for v in changed.verdicts() if v.column == "knn"), str(changed)
+def with_scores(comparison, column, values, floor=None):
+    "The same comparison pooled by the mean, but for one score: setting → a value for each seed."
+    some = {(r.setting, r.seed): r for r in comparison.results if r.pooling == "mean"}
+    copies = [
+        lab.Result(**{**vars(some[name, seed % 2]), "seed": seed, "scores": {**some[name, 0].scores, column: value}})
+        for name, row in values.items() for seed, value in enumerate(row)
+    ]  # fmt: skip
+    seeds = list(range(len(next(iter(values.values())))))
+    experiment = dataclasses.replace(comparison.experiment, seeds=seeds)
+    histories = {(r.setting, r.seed): comparison.histories[r.setting, 0] for r in copies}
+    below = dataclasses.replace(comparison.floor, scores=dict.fromkeys(("knn", "linear"), floor or 0.5))
+    changes = dict(results=copies, experiment=experiment, histories=histories, floor=below, maps={})
+    return Comparison(**{**vars(comparison), **changes})
 
+
+def verdict(comparison, column="knn"):
+    return next(v for v in comparison.verdicts() if v.column == column)
+
+
+def test_a_best_is_named_only_beyond_the_spread(comparison):
     clips = len(comparison.held_out)
-    verdict, text = with_scores({"neither": (0.1, 0.1), "both": (0.9, 0.9)})
-    assert verdict.clear and (verdict.best, verdict.second) == ("both · mean", "neither · mean") and "★ 0.90" in text
-    verdict, text = with_scores({"neither": (0.6, 0.6), "both": (0.7, 0.7)})
-    assert not verdict.clear and f"{clips} held-out clips" in str(verdict) and "within the spread" in text
-    verdict, text = with_scores({"neither": (0.0, 1.0), "both": (1.0, 1.0)})
-    assert not verdict.clear and "2 seeds" in str(verdict) and "★" not in text
+    clear = with_scores(comparison, "knn", {"neither": (0.1, 0.1), "both": (0.9, 0.9)})
+    assert verdict(clear).clear and "★ 0.90" in str(clear)
+    assert (verdict(clear).best, verdict(clear).second) == ("both · mean", "neither · mean")
+    close = with_scores(comparison, "knn", {"neither": (0.6, 0.6), "both": (0.7, 0.7)})
+    assert not verdict(close).clear and f"{clips} held-out clips" in str(close) and "within the spread" in str(close)
+    loose = with_scores(comparison, "knn", {"neither": (0.0, 1.0), "both": (1.0, 1.0)})
+    assert not verdict(loose).clear and "2 seeds" in str(verdict(loose)) and "★ 1.00" not in str(loose)
+
+
+def test_few_seeds_must_differ_by_more_than_many(comparison):
+    values = {"neither": (1.0, 1.1), "both": (0.8, 0.9)}
+    few, many = (
+        verdict(with_scores(comparison, "reconstruction", {k: v * n for k, v in values.items()}), "reconstruction")
+        for n in (1, 3)
+    )
+    assert not few.clear and few.margin == pytest.approx(4.303 * 0.1 / 2**0.5, rel=1e-3)  # t of 2 degrees of freedom
+    sd = np.std(values["both"] * 3, ddof=1)
+    assert many.clear and many.margin == pytest.approx(2.228 * sd * (2 / 6) ** 0.5, rel=1e-3)
+    both = verdict(with_scores(comparison, "knn", {"neither": (0.3, 0.4), "both": (0.8, 0.9)}))
+    low, high = wilson_interval(0.85, len(comparison.held_out))
+    assert both.margin == pytest.approx(np.hypot(4.303 * 0.1 / 2**0.5, (high - low) / 2), rel=1e-3)
+
+
+def test_one_seed_names_no_best(comparison):
+    one = with_scores(comparison, "knn", {"neither": (0.1,), "both": (0.9,)})
+    assert not verdict(one).clear and "★" not in str(one) and "one seed does not tell" in str(verdict(one))
+
+
+def test_rows_that_are_equal_are_called_so(comparison):
+    tied = with_scores(comparison, "knn", {"neither": (0.1, 0.2), "both": (0.2, 0.1)})
+    assert str(verdict(tied)) == "kNN-10: neither · mean and both · mean are equal"
+
+
+def test_the_floor_is_put_in_words(comparison):
+    def said(neither, both, floor, seeds=2):
+        scores = {"neither": (neither,) * seeds, "both": (both,) * seeds}
+        remarks = with_scores(comparison, "knn", scores, floor).remarks()
+        return next(line for line in remarks if line.startswith(f"kNN-10, floor {floor:.2f}: "))
+
+    assert said(0.3, 0.4, 0.75).endswith("all are below it")
+    assert said(0.9, 1.0, 0.1).endswith("all are above it by more than the interval")
+    assert said(0.3, 0.99, 0.4).endswith(
+        "neither · mean is below it; both · mean is above it by more than the interval")
+    assert said(0.5, 0.55, 0.5).endswith("all are above it by no more than the interval")
+    assert said(0.3, 1.0, 0.4, seeds=1).endswith("both · mean is above it by more than the interval")
 
 
 # ---- what moved
@@ -374,6 +497,48 @@ def test_a_shift_compares_seed_with_seed_and_knows_the_usual_movement(comparison
             comparison.shift(*arguments)
 
 
+def test_a_movement_as_between_two_seeds_is_no_finding(comparison):
+    def moved(shares):
+        rows = [r for r in comparison.results if r.pooling == "mean"]
+        nearest = {key: np.arange(10)[None].repeat(len(rows[0].x), 0) + 100 * i for i, key in enumerate(shares)}
+        for (setting, seed), share in shares.items():
+            nearest[setting, seed][:, : 10 - share] = np.arange(10 - share)
+        copies = [lab.Result(**{**vars(r), "nearest": nearest[r.setting, r.seed]}) for r in rows]
+        return Comparison(**{**vars(comparison), "results": copies, "maps": {}}).shift("neither", "both")
+
+    names = [("neither", 0), ("neither", 1), ("both", 0), ("both", 1)]
+    noise = moved(dict(zip(names, (4, 4, 4, 4), strict=True)))
+    assert noise.moved == noise.usual == 0.4
+    assert "40% of a clip's ten neighbours changed, no more than between two seeds of one setting (40%)" in str(noise)
+    found = moved(dict(zip(names, (0, 0, 9, 9), strict=True)))
+    assert found.moved == 0.9 and "changed, more than between two seeds of one setting (45%)" in str(found)
+    assert "one seed does not tell" in str(planted(comparison)[0].shift("neither", "both"))
+
+
+def test_the_report_calls_no_row_of_equals_the_best(comparison, tmp_path):
+    results = [lab.Result(**{**vars(r), "scores": {**r.scores, "knn": 0.5}}) for r in comparison.results]
+    tied = Comparison(**{**vars(comparison), "results": results})
+    page = tied.to_html(tmp_path / "report.html", pictures=False).read_text()
+    same = "neither · cls, both · mean and both · cls have the same kNN-10"
+    assert f"From neither · mean to neither · cls: {same}." in page
+    assert f"kNN-10: neither · mean, {same.removesuffix(' have the same kNN-10')} are equal" in page
+
+
+def test_clips_are_shown_with_what_tells_them_apart(comparison):
+    paths = comparison.held_out["path"]
+    assert paths.map(lambda path: Path(path).name).duplicated().any()
+    shown = comparison.shift("neither", "both").parts()["clips that moved most"]
+    assert all(f"synthetic/{row[0]}" in set(paths) and "/" in row[0] for row in shown[1:])
+    assert lab._short_names(["a/b/1.wav", "a/c/2.wav"]) == ["1.wav", "2.wav"]
+
+
+def test_text_stands_left_in_a_table_and_numbers_right(comparison):
+    page = comparison.shift("neither", "both")._repr_html_()
+    assert "<th style='text-align:left'>predicted before</th>" in page
+    assert "<th style='text-align:right'>own before</th>" in page
+    assert "text-align:right'>★" in lab._html_cells("", [["", "kNN"], ["a", "★ 0.90 ± 0.01"], ["b", "–"]])
+
+
 # ---- pictures
 
 
@@ -391,10 +556,21 @@ def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
             comparison.plot(*arguments)
 
 
-def test_curves_and_pictures_in_the_report(comparison, tmp_path):
-    assert comparison.curves().axes
+def test_pictures_in_the_report_are_one_for_each_panel(comparison, tmp_path):
     page = comparison.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5 and 'alt="maps of held-out clips, coloured by pitch"' in page
+    for row in comparison.table.index.drop(CHANCE):
+        assert f'alt="map by label: {row}"' in page and f'alt="map by pitch: {row}"' in page
+    assert 'alt="curve: RankMe (held-out clips)"' in page
+    by_label, *folded = page.split("<details>")
+    assert "map by label" in by_label and "map by label" not in "".join(folded)
+    assert len(folded) == 3 and all("<summary>" in part and "map by" in part for part in folded)
+    for name in comparison.experiment.classes:
+        assert f"</svg> {name}</span>" in by_label, "the legend is text"
+
+
+def test_a_report_without_maps_keeps_its_curves(comparison, tmp_path):
+    page = comparison.to_html(tmp_path / "report.html", maps=False).read_text(encoding="utf-8")
+    assert "map by" not in page and 'alt="curve: RankMe (held-out clips)"' in page
 
 
 # ---- the report
@@ -411,6 +587,14 @@ def test_the_report_is_one_page_that_says_it_all(comparison, tmp_path):
     ]:  # fmt: skip
         assert words in page, words
     assert "http" not in page and "src=" not in page
+
+
+def test_the_settings_of_a_report_are_those_that_hold(sounds, tmp_path):
+    base = config(epochs=1, mask_ratio=0.4)
+    result = compare_losses(sounds, grid(mask_ratio=[0.5, 0.6]), base=base, quiet=True)
+    page = result.to_html(tmp_path / "report.html", pictures=False).read_text(encoding="utf-8")
+    section = page.split("<h2>Settings</h2>")[1].split("</section>")[0]
+    assert "mask_ratio" not in section and "embed_dim=32" in section
 
 
 def test_the_call_in_the_report_makes_the_same_experiment(comparison, sounds, monkeypatch):
