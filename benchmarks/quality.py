@@ -37,7 +37,8 @@ MODES = {"with labels": "", "without labels": "_unlabelled"}  # → which kind o
 def opened(source, sample_rate=16000):
     """The recordings of a source, and what to hold out of them, part by part."""
     if source == "synthetic":
-        return tuple(synthesize(n=n, seed=seed, sample_rate=sample_rate) for n, seed in ((50, 0), (25, 1))), ["new seed"]
+        train, new = (synthesize(n=n, seed=seed, sample_rate=sample_rate) for n, seed in ((50, 0), (25, 1)))
+        return (train, new), ["new seed"]
     recordings = open_recordings(source, sample_rate)
     if "fold" not in recordings.table:
         recordings = open_recordings(source, sample_rate, **WORDS)
@@ -113,7 +114,7 @@ def mean_and_spread(runs):
 
 def show(source, rows):
     """Print one table."""
-    print(f"\n{Path(source).name}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds, if several)")
+    print(f"\n{Path(source).name}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds)")
     print(f"{'':28}{'kNN-10':>22}{'linear':>22}{'asked':>14}{'s/run':>7}")
     for name, row in rows.items():
         cells = [f"{row[k]:.3f} ± {row[k + '_sd_parts']:.3f}"
