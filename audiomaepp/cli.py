@@ -453,7 +453,7 @@ def _need_effect(axes: dict[str, list], base: Config, losses: bool):
             flag = f"--{switch.replace('_', '-')}"
             raise ValueError(f"{name} changes nothing while {switch}=False; with {flag} it would")
 
-# %% ../nbs/40_cli.ipynb #897b3db6
+# %% ../nbs/40_cli.ipynb #a4b27ff7
 def write_comparison(
     comparison: Comparison,
     folder: str | os.PathLike, # where to
@@ -472,7 +472,7 @@ def write_comparison(
         figure.savefig(folder / name, dpi=150)
     varied = {name: None for fields in comparison.experiment.settings.values() for name in fields}
     title = f"{comparison.experiment.source}: {', '.join(varied)}"
-    comparison.to_html(folder / "report.html", title, repeat, pictures="maps.png" in drawn)
+    comparison.to_html(folder / "report.html", title, repeat, maps="maps.png" in drawn)
     if comparison.skipped:
         comparison.skipped.to_csv(folder / "skipped.csv")
     return [folder / name for name in ("report.html", *reversed(drawn), "table.csv")]
