@@ -1,6 +1,6 @@
 # Needs python (3.11 or newer), git and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow docs readme bench lint check hooks install clean
+.PHONY: help demo test slow docs readme bench quality lint check hooks install clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -30,6 +30,9 @@ readme: $(STAMP) ## README.md from nbs/index.ipynb
 
 bench: $(STAMP) ## speed of training and embedding on this machine
 	@$(PY) benchmarks/speed.py $(ARGS)
+
+quality: $(STAMP) ## held-out quality of the presets, fold by fold (ARGS="--data folder …"); hours
+	@$(PY) benchmarks/quality.py $(ARGS)
 
 lint: $(STAMP) ## ruff on notebooks, package and tests
 	@$(PY) -m ruff check .

@@ -11,6 +11,7 @@ from torch.utils.benchmark import Timer
 
 from audiomaepp import AudioMAEPlusPlus, Config
 from audiomaepp.audio import build_frontend
+from audiomaepp.model import attend
 
 
 def clips_per_second(work, batch, seconds):
@@ -44,6 +45,17 @@ def measure(preset, batch, device, seconds):
     return rows
 
 
+def attention_ratio(batch, tokens=78, heads=4, width=32):
+    """How many times as long PyTorch's fused attention takes as ours, forward and backward, in bf16 on a CPU."""
+    q, k, v = (torch.randn(batch, heads, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    seconds = []
+    for way in (torch.nn.functional.scaled_dot_product_attention, attend):
+        timer = Timer("way(q, k, v).sum().backward()", globals=dict(way=way, q=q, k=k, v=v),
+                      num_threads=torch.get_num_threads())
+        seconds.append(timer.blocked_autorange(min_run_time=2).median)
+    return seconds[0] / seconds[1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", default=["nano", "tiny"])
@@ -60,6 +72,8 @@ def main():
         plain = rows["train, plain"]
         print("  of plain training's speed: " + ", ".join(
             f"{what} {rate / plain:.2f}" for what, rate in rows.items() if what != "train, plain"))
+    if args.device == "cpu":
+        print(f"fused attention takes {attention_ratio(args.batch):.1f} times as long as ours (bf16, 78 tokens)")
 
 
 if __name__ == "__main__":
