@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -35,15 +34,16 @@ MODES = {"with labels": "", "without labels": "_unlabelled"}  # → which kind o
 
 
 def opened(source, sample_rate=16000):
-    """The recordings of a source, and what to hold out of them, part by part."""
+    """The recordings of a source (the two parts of the synthetic set), not decoded yet."""
     if source == "synthetic":
-        train, new = (synthesize(n=n, seed=seed, sample_rate=sample_rate) for n, seed in ((50, 0), (25, 1)))
-        return (train, new), ["new seed"]
+        return tuple(synthesize(n=n, seed=seed, sample_rate=sample_rate) for n, seed in ((50, 0), (25, 1)))
     recordings = open_recordings(source, sample_rate)
-    if "fold" not in recordings.table:
-        recordings = open_recordings(source, sample_rate, **WORDS)
-    recordings = drop_unreadable(recordings, quiet=True)
-    return recordings, sorted(recordings.table[column_of(recordings)].unique().tolist())
+    return recordings if "fold" in recordings.table else open_recordings(source, sample_rate, **WORDS)
+
+
+def parts_of(recordings):
+    """What is held out, one after the other."""
+    return ["new seed"] if isinstance(recordings, tuple) else recordings.table[column_of(recordings)].unique().tolist()
 
 
 def column_of(recordings):
@@ -64,9 +64,10 @@ def segment_statistics(recordings):
 
 def floors(source):
     """Scores of both floors and of chance, for each part."""
-    recordings, parts = opened(source)
+    recordings = opened(source)
+    recordings = recordings if source == "synthetic" else drop_unreadable(recordings, quiet=True)
     rows = {"log-mel statistics (floor)": [], "the same in three segments": [], "chance": []}
-    for part in parts:
+    for part in parts_of(recordings):
         train, test = recordings if source == "synthetic" else split(recordings, **{column_of(recordings): part})[:2]
         for name, features in zip(rows, (lambda r: floor_features(r, range(len(r))), segment_statistics), strict=False):
             rows[name].append(evaluate_embeddings(features(train), train.labels, features(test), test.labels))
@@ -76,9 +77,9 @@ def floors(source):
 
 
 def config_of(recordings, mode, budget):
-    """The preset for sounds or for words, by their median duration; a window is no longer than that."""
-    every = pd.concat([r.table for r in (recordings if isinstance(recordings, tuple) else [recordings])])
-    seconds = every["seconds"].median()
+    """The preset for sounds or for words, by the median duration of some; a window is no longer than that."""
+    first = recordings[0] if isinstance(recordings, tuple) else recordings
+    seconds = np.median([first.seconds(i) for i in range(0, len(first), max(1, len(first) // 100))])
     cfg = Config.preset(("words" if seconds < 1 else "semantic") + MODES[mode], eval_every=0)
     frames = int(seconds * cfg.sample_rate / cfg.hop_length)
     if seconds >= 1 and frames < cfg.img_size[0]:
@@ -89,9 +90,8 @@ def config_of(recordings, mode, budget):
 def run(source, part, mode, seed, args):
     """Train once and score: a row for each way of pooling."""
     torch.set_num_threads(args.threads)
-    recordings, _ = opened(source)
-    cfg = config_of(recordings, mode, args.budget)
-    recordings, _ = opened(source, cfg.sample_rate)
+    cfg = config_of(opened(source), mode, args.budget)
+    recordings = opened(source, cfg.sample_rate)
     how = {} if source == "synthetic" else {column_of(recordings): part}
     out = Path(args.out) / f"{Path(source).name}-{part}-{mode.replace(' ', '-')}-{seed}".replace(" ", "-")
     compared = compare_losses(recordings, {mode: {}}, (seed,), base=cfg, out=out, quiet=True, **how)
@@ -138,7 +138,7 @@ def main():
     args = parser.parse_args()
     args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     jobs = [(source, part, mode, seed) for seed in args.seeds for source in args.data
-            for mode in args.modes for part in opened(source)[1]]
+            for mode in args.modes for part in parts_of(opened(source))]
     scores = {}
     with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
         waiting = {pool.submit(run, *job, args): job for job in jobs}
