@@ -563,7 +563,7 @@ class Verdict:
             return f"{leads} (more than {low}), but one seed does not tell whether another would say so too"
         return f"{leads}, which is within the spread ({low})"
 
-# %% ../nbs/23_lab.ipynb #fc3bd9f7
+# %% ../nbs/23_lab.ipynb #13ed29b7
 _MASKING = ("mask_ratio", "mask_mode", "norm_pix_loss", "patch_size", "img_size", "frontend", "normalize")
 
 
@@ -629,7 +629,9 @@ class _Verdicts:
 
 
 def _who(names: list[str], of: int) -> str:
-    "Some of so many rows, as the beginning of a sentence."
+    "Some of so many rows, as the beginning of a sentence; more than four are counted, not named."
+    if 4 < len(names) < of:
+        return f"{len(names)} of {of} are"
     return "all are" if len(names) == of > 1 else f"{_and(names)} {'is' if len(names) == 1 else 'are'}"
 
 

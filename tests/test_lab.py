@@ -427,6 +427,14 @@ def test_rows_that_are_equal_are_called_so(comparison):
     assert str(verdict(tied)) == "kNN-10: neither · mean and both · mean are equal"
 
 
+def test_many_rows_are_counted_and_few_are_named():
+    from audiomaepp.lab import _who
+
+    rows = [f"row {i}" for i in range(9)]
+    assert (_who(rows, 9), _who(rows[:6], 9)) == ("all are", "6 of 9 are")
+    assert (_who(rows[:1], 9), _who(rows[:2], 9)) == ("row 0 is", "row 0 and row 1 are")
+
+
 def test_the_floor_is_put_in_words(comparison):
     def said(neither, both, floor, seeds=2):
         scores = {"neither": (neither,) * seeds, "both": (both,) * seeds}
