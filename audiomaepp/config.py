@@ -416,7 +416,7 @@ def _html_table(cfg: Config) -> str:
     style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
     return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
 
-# %% ../nbs/00_config.ipynb #fdf7ee4e
+# %% ../nbs/00_config.ipynb #73027438
 def _size(dim, depth, heads, decoder_dim=384):
     return dict(embed_dim=dim, depth=depth, num_heads=heads, decoder_embed_dim=decoder_dim)
 
@@ -434,12 +434,12 @@ _SEMANTIC = dict(
 )
 _WORDS = dict(
     _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
-    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, roll=False, mix=0.0, gain_db=0.0, stretch_time=0.15,
-    stretch_mel=0.1, shift_mel=3.0, epochs=80, warmup_epochs=8, batch_size=64,
+    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, roll=False, mix=0.0, gain_db=0.0, stretch_time=0.25,
+    stretch_mel=0.15, shift_mel=4.0, epochs=80, warmup_epochs=8, batch_size=64,
 )
 _UNLABELLED = dict(
-    use_labels=False, views=2, contrastive_weight=1.0, use_uniformity_loss=False, stretch_time=0.2, stretch_mel=0.1,
-    shift_mel=3.0,
+    use_labels=False, views=2, contrastive_weight=1.0, use_uniformity_loss=False, stretch_time=0.25,
+    stretch_mel=0.15, shift_mel=4.0,
 )
 PRESETS = {
     "semantic": _SEMANTIC,
