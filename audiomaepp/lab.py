@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FLOOR', 'CHANCE', 'MEASURES', 'validation_rows', 'probe_loader', 'Validation', 'floor_features', 'grid',
            'name_settings', 'clip_digests', 'without_copies', 'open_parts', 'Experiment', 'differences', 'obstacles',
-           'design', 'wants_pairs', 'Result', 'nearest_rows', 'run_folder', 'Verdict', 'Shift', 'moved_share',
-           'Comparison', 'compare_losses']
+           'design', 'wants_pairs', 'Result', 'run_folder', 'Verdict', 'Shift', 'moved_share', 'Comparison',
+           'compare_losses']
 
-# %% ../nbs/23_lab.ipynb #1ace03d9
+# %% ../nbs/23_lab.ipynb #d15ad0d4
 import base64
 import hashlib
 import html
@@ -35,7 +35,7 @@ from .audio import LogMel, build_frontend
 from .config import POOLING_MODES, Config, write_atomic
 from .data import Recordings, Skipped, augment, drop_unreadable, make_loader, open_recordings, split
 from .embed import EmbeddingGenerator, write_parquet
-from .evaluate import chance, evaluate_embeddings, knn_accuracy, knn_predict, logmel_statistics, standardise
+from .evaluate import chance, evaluate_embeddings, knn_accuracy, knn_predict, logmel_statistics
 from .losses import alignment, rankme, uniformity_loss
 from .model import AudioMAEPlusPlus
 from .train import History, Trainer, collapse_warning
@@ -43,8 +43,8 @@ from .train import History, Trainer, collapse_warning
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/23_lab.ipynb #1fb05453
-from .evaluate import wilson_interval
+# %% ../nbs/23_lab.ipynb #fc3a416d
+from .evaluate import html_table, nearest_rows, text_table, wilson_interval
 
 # %% ../nbs/23_lab.ipynb #bb71d7c0
 def validation_rows(
@@ -394,7 +394,7 @@ def wants_pairs(
     "Whether all settings see the training clips in pairs of a class: where there are labels, and any contrasts them."
     return experiment.in_pairs() and bool((train.labels >= 0).any())
 
-# %% ../nbs/23_lab.ipynb #9da61103
+# %% ../nbs/23_lab.ipynb #0302f920
 @dataclass(eq=False)
 class Result:
     "One embedding of the held-out clips."
@@ -419,21 +419,11 @@ class Result:
     ) -> "Result":
         "Score the embeddings of both parts."
         (train_x, x), (train_y, y) = embeddings, labels
-        nearest, labelled = nearest_rows(train_x, x), bool((train_y >= 0).any())
+        nearest, labelled = nearest_rows(train_x, x).numpy(), bool((train_y >= 0).any())
         own = np.where(y >= 0, (train_y[nearest] == y[:, None]).mean(1), np.nan)
         predicted = knn_predict(train_x, train_y, x) if labelled else np.full(len(x), -1)
         scores = evaluate_embeddings(train_x, train_y, x, y) | more
         return cls(*who, scores, collapse_warning(torch.from_numpy(x)), x, nearest, own, predicted)
-
-
-def nearest_rows(
-    train_x: np.ndarray, # (n, D) embeddings of the training clips
-    test_x: np.ndarray, # (m, D) embeddings of the held-out clips
-    k: int = 10, # neighbours
-) -> np.ndarray: # (m, k) row numbers, nearest first
-    "The nearest training clips of each held-out clip: cosine, standardised on the training clips, as `knn_accuracy`."
-    units = [torch.nn.functional.normalize(torch.from_numpy(x)) for x in standardise(train_x, test_x)]
-    return torch.cat([(x @ units[0].T).topk(min(k, len(train_x))).indices for x in units[1].split(1024)]).numpy()
 
 # %% ../nbs/23_lab.ipynb #8ebaa7fe
 def _slug(name: str) -> str:
@@ -646,7 +636,7 @@ def _seed_margin(rows, column: str, compared: list[str]) -> float:
     variance = (free * rows[f"{column}_sd"].fillna(0) ** 2).sum() / free.sum()
     return float(stdtrit(degrees, 0.975) * np.sqrt(variance * (1 / rows["seeds"][compared]).sum()))
 
-# %% ../nbs/23_lab.ipynb #c35afd77
+# %% ../nbs/23_lab.ipynb #b374ee7b
 def _number(mean: float, spread: float | None, column: str) -> str:
     "A cell of the table."
     if mean != mean:
@@ -654,33 +644,7 @@ def _number(mean: float, spread: float | None, column: str) -> str:
     digits = {"rankme": 1, "seconds": 0, "reconstruction": 3}.get(column, 2)
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None and spread == spread else "")
 
-
-def _sides(cells: list[list[str]]) -> list[bool]:
-    "Whether a column stands right: numbers do, text and the first column do not."
-    numbers = [all(re.fullmatch(r"[★ \d.±–-]*", cell) for cell in column) for column in zip(*cells[1:], strict=True)]
-    return [False, *numbers[1:]]
-
-
-def _text_cells(title: str, cells: list[list[str]]) -> str:
-    "A table as text, head first."
-    widths, right = [max(map(len, column)) for column in zip(*cells, strict=True)], _sides(cells)
-    lines = [[(str.rjust if r else str.ljust)(*c) for r, *c in zip(right, row, widths, strict=True)] for row in cells]
-    return "\n".join([title, *("  ".join(line).rstrip() for line in lines)])
-
-
-def _html_cells(title: str, cells: list[list[str]]) -> str:
-    "A table in HTML, head first, everything escaped."
-    sides = ["right" if right else "left" for right in _sides(cells)]
-
-    def line(tag, row):
-        shown = zip(sides, map(html.escape, row), strict=True)
-        return "<tr>" + "".join(f"<{tag} style='text-align:{side}'>{cell}</{tag}>" for side, cell in shown) + "</tr>"
-
-    caption = f"<caption>{html.escape(title)}</caption>" * bool(title)
-    body = "".join(line("td", row) for row in cells[1:])
-    return f"<table>{caption}<thead>{line('th', cells[0])}</thead><tbody>{body}</tbody></table>"
-
-# %% ../nbs/23_lab.ipynb #fe7e8ce5
+# %% ../nbs/23_lab.ipynb #e2fb2315
 class _Text(_Tables, _Verdicts):
     "How a comparison shows itself."
 
@@ -701,15 +665,15 @@ class _Text(_Tables, _Verdicts):
         return f"{n}, {many}; held-out clips of {self.experiment.source}, {self.experiment.protocol}"
 
     def __str__(self):
-        return "\n".join([_text_cells(self._heading(), self._cells()), *(f"– {line}" for line in self.remarks())])
+        return "\n".join([text_table(self._heading(), self._cells()), *(f"– {line}" for line in self.remarks())])
 
     __repr__ = __str__
 
     def _repr_html_(self):
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks())
-        return f"{_html_cells(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
+        return f"{html_table(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
 
-# %% ../nbs/23_lab.ipynb #7f99a2e2
+# %% ../nbs/23_lab.ipynb #e7094638
 @dataclass(repr=False)
 class Shift:
     "What changed for the held-out clips from one row of a comparison to another."
@@ -733,12 +697,12 @@ class Shift:
         return {title: _cells_of(frame.head(most)) for title, frame in named.items() if len(frame)}
 
     def __str__(self):
-        return "\n\n".join([self._heading(), *(_text_cells(title, cells) for title, cells in self.parts().items())])
+        return "\n\n".join([self._heading(), *(text_table(title, cells) for title, cells in self.parts().items())])
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        tables = "".join(f"<div class='wide'>{_html_cells(name, cells)}</div>" for name, cells in self.parts().items())
+        tables = "".join(f"<div class='wide'>{html_table(name, cells)}</div>" for name, cells in self.parts().items())
         flow = "display:flex;flex-wrap:wrap;gap:.5em 2em;align-items:flex-start"
         head = f"<p>{html.escape(self._heading())}</p><p><small>{html.escape(_COLUMNS)}</small></p>"
         return f"{head}<div style='{flow}'>{tables}</div>"
@@ -1081,7 +1045,7 @@ class _Sections:
         common = f"<p>Unless a setting changes it: {html.escape(shown(shared))}</p>" if shared else ""
         return common + (_listed(each) if each else "")
 
-# %% ../nbs/23_lab.ipynb #ce9e62f9
+# %% ../nbs/23_lab.ipynb #00b422d1
 class _Report(_Sections):
     "A comparison as one HTML file."
 
@@ -1095,7 +1059,7 @@ class _Report(_Sections):
     ) -> Path:
         "Write the table, the pictures, what moved, every setting, and how it was split and measured."
         e = self.experiment
-        table = f'<div class="wide">{_html_cells("", self._cells())}</div>'
+        table = f'<div class="wide">{html_table("", self._cells())}</div>'
         curves = any(history.rows for history in self.histories.values())
         sections = {
             "Held-out clips": f"<p>{html.escape(self._heading())}</p>{table}{_listed(self.remarks())}",

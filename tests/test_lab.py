@@ -20,7 +20,7 @@ import audiomaepp
 from audiomaepp import lab
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, synthesize
-from audiomaepp.evaluate import wilson_interval
+from audiomaepp.evaluate import html_table, wilson_interval
 from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, compare_losses, grid
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.train import Trainer, read_progress
@@ -544,7 +544,7 @@ def test_text_stands_left_in_a_table_and_numbers_right(comparison):
     page = comparison.shift("neither", "both")._repr_html_()
     assert "<th style='text-align:left'>predicted before</th>" in page
     assert "<th style='text-align:right'>own before</th>" in page
-    assert "text-align:right'>★" in lab._html_cells("", [["", "kNN"], ["a", "★ 0.90 ± 0.01"], ["b", "–"]])
+    assert "text-align:right'>★" in html_table("", [["", "kNN"], ["a", "★ 0.90 ± 0.01"], ["b", "–"]])
 
 
 # ---- pictures
