@@ -183,6 +183,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'audiomaepp.data._by_split_column': ('data.html#_by_split_column', 'audiomaepp/data.py'),
                                  'audiomaepp.data._choose': ('data.html#_choose', 'audiomaepp/data.py'),
                                  'audiomaepp.data._collate': ('data.html#_collate', 'audiomaepp/data.py'),
+                                 'audiomaepp.data._colour': ('data.html#_colour', 'audiomaepp/data.py'),
                                  'audiomaepp.data._decay': ('data.html#_decay', 'audiomaepp/data.py'),
                                  'audiomaepp.data._duration': ('data.html#_duration', 'audiomaepp/data.py'),
                                  'audiomaepp.data._esc50_table': ('data.html#_esc50_table', 'audiomaepp/data.py'),

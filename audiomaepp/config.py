@@ -144,6 +144,7 @@ class _Losses:
     use_labels: bool = True # contrast clips of a class where labels are known; else, two views of each clip
     views: int = 1 # augmented versions of each clip that the contrastive loss compares: 1 or 2
     pooling_mode: Literal["cls", "mean", "cls+mean"] = "mean" # how a clip's tokens become one vector
+    grid_shifts: int = 1 # places of the patch grid along time, evenly over a patch, that an embedding averages
 
     def _check(self):
         for field in ("contrastive_weight", "uniformity_weight"):
@@ -155,6 +156,10 @@ class _Losses:
         _need_choice("uniformity_kind", self.uniformity_kind, ("gaussian", "cosine"))
         _need_choice("embedding_norm", self.embedding_norm, ("none", "batch"))
         _need_choice("views", self.views, (1, 2))
+        _need_int("grid_shifts", self.grid_shifts)
+        if self.grid_shifts > self.patch_size[0]:
+            problem = f"is more than the {self.patch_size[0]} frames of a patch"
+            raise _bad("grid_shifts", self.grid_shifts, problem, f"{self.patch_size[0]} or fewer would do")
 
 # %% ../nbs/00_config.ipynb #f8eafdb0
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +199,7 @@ class _Augmentation:
     stretch_time: float = 0.0 # make a spectrogram slower or faster at random by up to this part
     stretch_mel: float = 0.0 # spread or squeeze its bands at random by up to this part
     shift_mel: float = 0.0 # move it up or down at random by up to this many bands
+    colour: float = 0.0 # raise and lower neighbouring bands at random by about this much, in units of the spectrogram
     gain_db: float = 0.0 # change the level at random by up to this many dB
     mix: float = 0.0 # probability that a clip is mixed with another one of the batch
     spec_time_mask: int = 0 # most frames that SpecAugment blanks in a spectrogram
@@ -204,6 +210,7 @@ class _Augmentation:
         for field in ("stretch_time", "stretch_mel"):
             _need_float(field, getattr(self, field), 0, 1, "0.1 would change it by up to a tenth, 0 is off")
         _need_float("shift_mel", self.shift_mel, 0, self.img_size[1], "3 would move it by up to three bands, 0 is off")
+        _need_float("colour", self.colour, 0, 10, "0.3 would change bands by a third of a deviation, 0 is off")
         _need_float("mix", self.mix, 0, 1, "0.5 mixes every second clip, 0 is off")
         for field, most in (("spec_time_mask", self.img_size[0]), ("spec_freq_mask", self.img_size[1])):
             _need_int(field, getattr(self, field), least=0)

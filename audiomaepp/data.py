@@ -828,6 +828,16 @@ def _warp(
     grid = nn.functional.affine_grid(theta, spec.shape, align_corners=False)
     return nn.functional.grid_sample(spec, grid, padding_mode="border", align_corners=False)
 
+# %% ../nbs/11_data.ipynb #a7d94e30
+def _colour(
+    spec: torch.Tensor, # (B, chans, time, mel)
+    deviation: float, # of the curve's heights
+) -> torch.Tensor: # the same shape
+    "Each spectrogram with its bands raised and lowered by a smooth random curve."
+    heights = deviation * torch.randn(len(spec), 1, 6, device=spec.device)
+    curve = nn.functional.interpolate(heights, size=spec.shape[3], mode="linear", align_corners=True)
+    return spec + curve[:, :, None]
+
 # %% ../nbs/11_data.ipynb #1039db06
 def _blank(
     spec: torch.Tensor, # (B, chans, time, mel)
@@ -859,11 +869,13 @@ class Augment(nn.Module):
         return _gain(wav, self.cfg.gain_db) if self.training and self.cfg.gain_db else wav
 
     def spec(self, spec: torch.Tensor) -> torch.Tensor: # (B, chans, time, mel) -> the same
-        "Stretching, then SpecAugment."
+        "Colouring, stretching, then SpecAugment."
         cfg = self.cfg
+        if self.training and cfg.colour:
+            spec = _colour(spec, cfg.colour)
         if self.training and (cfg.stretch_time or cfg.stretch_mel or cfg.shift_mel):
             spec = _warp(spec, cfg.stretch_time, cfg.stretch_mel, cfg.shift_mel)
-        for dim, widest in ((2, self.cfg.spec_time_mask), (3, self.cfg.spec_freq_mask)):
+        for dim, widest in ((2, cfg.spec_time_mask), (3, cfg.spec_freq_mask)):
             if self.training and widest:
                 spec = _blank(spec, widest, dim)
         return spec
@@ -876,7 +888,7 @@ class Augment(nn.Module):
 
 
 def augment(
-    cfg: Config, # roll, stretch_time, stretch_mel, shift_mel, mix, gain_db, spec_time_mask, spec_freq_mask: 0 is off
+    cfg: Config, # roll, mix, gain_db, colour, stretch_time, stretch_mel, shift_mel, spec_time_mask, spec_freq_mask
     frontend: nn.Module | None = None, # turns (B, samples) into (B, 1, time, mel)
 ) -> Augment:
     "The augmentations of a config, as one module."

@@ -479,5 +479,9 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         spec: Tensor, # (B, C, time, mel)
         pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's when left out
     ) -> Tensor: # (B, D), (B, 2D) with "cls+mean", (B, bands·D) with "frame"
-        "One vector per clip, from the unmasked spectrogram."
-        return extract_embeddings(self.encode(spec), pooling_mode or self.cfg.pooling_mode, self.cfg.grid_size)
+        "One vector per clip, from the unmasked spectrogram; the mean over `cfg.grid_shifts` places of the patch grid."
+        cfg = self.cfg
+        shifts = [i * cfg.patch_size[0] // cfg.grid_shifts for i in range(cfg.grid_shifts)]  # frames
+        latents = (self.encode(spec.roll(n, dims=2) if n else spec) for n in shifts)
+        rows = [extract_embeddings(latent, pooling_mode or cfg.pooling_mode, cfg.grid_size) for latent in latents]
+        return torch.stack(rows).mean(dim=0) if len(rows) > 1 else rows[0]
