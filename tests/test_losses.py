@@ -1,6 +1,8 @@
 """Losses where they meet the machine: autocast, several processes, odd batches."""
 
 import itertools
+import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -158,6 +160,7 @@ def gradient(encoder):
 
 def one_of_two(rank, store, whole, expected):
     torch.set_num_threads(1)
+    import_module("torch.distributed.nn")  # DDP would, after the group, and the group could never end
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mine = slice(4 * rank, 4 * rank + 4)
     x, labels = whole[mine], LABELS[mine]
@@ -188,7 +191,9 @@ def one_of_two(rank, store, whole, expected):
 
     with pytest.raises(ValueError, match=r"ranks hold \[4, 3\] rows"):
         gather_with_grad(x[: 4 - rank])
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    assert group() is None  # so its threads have ended; one that outlives Python aborts the process
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")

@@ -3,10 +3,13 @@
 This file is a test and, under torchrun, the program that it tests.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,7 @@ def stop_after(steps):
 
 def as_one_of_two(out):
     "What each process does under torchrun: train in several ways and write down what came out."
+    import_module("torch.distributed.nn")  # DDP would, after the group, and the group could never end
     cfg, rank = config(HALF), int(os.environ["RANK"])
     found = {}
 
@@ -99,7 +103,12 @@ def as_one_of_two(out):
     resumed.fit(batches(HALF))
     keep("resumed", resumed, [], torch.zeros(1, 1))
     (out / f"found_{rank}.json").write_text(json.dumps(found))
+
+    del resumed
+    gc.collect()  # a DDP that is freed after the group may wait for ever: for a thread that waits for Python's lock
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    assert group() is None  # so its threads have ended; one that outlives Python aborts the process
 
 
 def torchrun(program, *args):
