@@ -436,13 +436,15 @@ _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss
 _SEMANTIC = dict(
     _size(128, 2, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16),
     mask_ratio=0.75, normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
-    contrastive_temperature=0.3, roll=True, mix=0.5, gain_db=6.0, stretch_time=0.1, stretch_mel=0.05, shift_mel=2.0,
-    epochs=150, warmup_epochs=15, batch_size=48, base_lr=4e-3,
+    contrastive_temperature=0.3, grid_shifts=4, roll=True, mix=0.5, gain_db=6.0, colour=0.3, stretch_time=0.2,
+    stretch_mel=0.1, shift_mel=3.0, spec_time_mask=60, spec_freq_mask=12, epochs=150, warmup_epochs=15, batch_size=48,
+    base_lr=4e-3,
 )
 _WORDS = dict(
     _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
-    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, roll=False, mix=0.0, gain_db=0.0, stretch_time=0.25,
-    stretch_mel=0.15, shift_mel=4.0, epochs=80, warmup_epochs=8, batch_size=64,
+    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, grid_shifts=1, roll=False, mix=0.0, gain_db=0.0,
+    colour=0.0, stretch_time=0.25, stretch_mel=0.15, shift_mel=4.0, spec_time_mask=0, spec_freq_mask=0, epochs=80,
+    warmup_epochs=8, batch_size=64,
 )
 _UNLABELLED = dict(
     use_labels=False, views=2, contrastive_weight=1.0, use_uniformity_loss=False, stretch_time=0.25,
@@ -452,7 +454,10 @@ PRESETS = {
     "semantic": _SEMANTIC,
     "semantic_unlabelled": _SEMANTIC | _UNLABELLED | dict(epochs=90, warmup_epochs=9),
     "words": _WORDS,
-    "words_unlabelled": _WORDS | _UNLABELLED | dict(epochs=40, warmup_epochs=4),
+    "words_unlabelled": _WORDS | _UNLABELLED | dict(
+        depth=4, contrastive_temperature=0.1, stretch_time=0.3, stretch_mel=0.2, shift_mel=5.0, batch_size=128,
+        epochs=50, warmup_epochs=5,
+    ),
     "nano": dict(
         _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, patch_size=(8, 16), mask_ratio=0.5,
         contrastive_weight=0.5, epochs=60, batch_size=48, base_lr=4e-3, warmup_epochs=6,
