@@ -31,7 +31,7 @@ readme: $(STAMP) ## README.md from nbs/index.ipynb
 bench: $(STAMP) ## speed of training and embedding on this machine
 	@$(PY) benchmarks/speed.py $(ARGS)
 
-quality: $(STAMP) ## held-out quality of the presets, fold by fold (ARGS="--data folder …"); hours
+quality: $(STAMP) ## held-out quality of the presets, fold by fold (ARGS="--data folder …"); up to an hour
 	@$(PY) benchmarks/quality.py $(ARGS)
 
 lint: $(STAMP) ## ruff on notebooks, package and tests
