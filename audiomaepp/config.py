@@ -199,7 +199,7 @@ class _Augmentation:
     stretch_time: float = 0.0 # make a spectrogram slower or faster at random by up to this part
     stretch_mel: float = 0.0 # spread or squeeze its bands at random by up to this part
     shift_mel: float = 0.0 # move it up or down at random by up to this many bands
-    colour: float = 0.0 # raise and lower neighbouring bands at random by about this much, in units of the spectrogram
+    spec_filter: float = 0.0 # raise and lower regions of the spectrum at random by about this many deviations
     gain_db: float = 0.0 # change the level at random by up to this many dB
     mix: float = 0.0 # probability that a clip is mixed with another one of the batch
     spec_time_mask: int = 0 # most frames that SpecAugment blanks in a spectrogram
@@ -210,7 +210,7 @@ class _Augmentation:
         for field in ("stretch_time", "stretch_mel"):
             _need_float(field, getattr(self, field), 0, 1, "0.1 would change it by up to a tenth, 0 is off")
         _need_float("shift_mel", self.shift_mel, 0, self.img_size[1], "3 would move it by up to three bands, 0 is off")
-        _need_float("colour", self.colour, 0, 10, "0.3 would change bands by a third of a deviation, 0 is off")
+        _need_float("spec_filter", self.spec_filter, 0, 10, "0.3 would do, 0 is off")
         _need_float("mix", self.mix, 0, 1, "0.5 mixes every second clip, 0 is off")
         for field, most in (("spec_time_mask", self.img_size[0]), ("spec_freq_mask", self.img_size[1])):
             _need_int(field, getattr(self, field), least=0)
@@ -436,14 +436,14 @@ _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss
 _SEMANTIC = dict(
     _size(128, 2, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16),
     mask_ratio=0.75, normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
-    contrastive_temperature=0.3, grid_shifts=4, roll=True, mix=0.5, gain_db=6.0, colour=0.3, stretch_time=0.2,
+    contrastive_temperature=0.3, grid_shifts=4, roll=True, mix=0.5, gain_db=6.0, spec_filter=0.3, stretch_time=0.2,
     stretch_mel=0.1, shift_mel=3.0, spec_time_mask=60, spec_freq_mask=12, epochs=150, warmup_epochs=15, batch_size=48,
     base_lr=4e-3,
 )
 _WORDS = dict(
     _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
     hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, grid_shifts=1, roll=False, mix=0.0, gain_db=0.0,
-    colour=0.0, stretch_time=0.25, stretch_mel=0.15, shift_mel=4.0, spec_time_mask=0, spec_freq_mask=0, epochs=80,
+    spec_filter=0.0, stretch_time=0.25, stretch_mel=0.15, shift_mel=4.0, spec_time_mask=0, spec_freq_mask=0, epochs=80,
     warmup_epochs=8, batch_size=64,
 )
 _UNLABELLED = dict(

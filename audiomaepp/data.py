@@ -829,7 +829,7 @@ def _warp(
     return nn.functional.grid_sample(spec, grid, padding_mode="border", align_corners=False)
 
 # %% ../nbs/11_data.ipynb #a7d94e30
-def _colour(
+def _filter(
     spec: torch.Tensor, # (B, chans, time, mel)
     deviation: float, # of the curve's heights
 ) -> torch.Tensor: # the same shape
@@ -869,10 +869,10 @@ class Augment(nn.Module):
         return _gain(wav, self.cfg.gain_db) if self.training and self.cfg.gain_db else wav
 
     def spec(self, spec: torch.Tensor) -> torch.Tensor: # (B, chans, time, mel) -> the same
-        "Colouring, stretching, then SpecAugment."
+        "Filtering, stretching, then SpecAugment."
         cfg = self.cfg
-        if self.training and cfg.colour:
-            spec = _colour(spec, cfg.colour)
+        if self.training and cfg.spec_filter:
+            spec = _filter(spec, cfg.spec_filter)
         if self.training and (cfg.stretch_time or cfg.stretch_mel or cfg.shift_mel):
             spec = _warp(spec, cfg.stretch_time, cfg.stretch_mel, cfg.shift_mel)
         for dim, widest in ((2, cfg.spec_time_mask), (3, cfg.spec_freq_mask)):
@@ -888,7 +888,7 @@ class Augment(nn.Module):
 
 
 def augment(
-    cfg: Config, # roll, mix, gain_db, colour, stretch_time, stretch_mel, shift_mel, spec_time_mask, spec_freq_mask
+    cfg: Config, # roll, mix, gain_db, spec_filter, stretch_time, stretch_mel, shift_mel, spec_time_mask, spec_freq_mask
     frontend: nn.Module | None = None, # turns (B, samples) into (B, 1, time, mel)
 ) -> Augment:
     "The augmentations of a config, as one module."
