@@ -888,7 +888,7 @@ class Augment(nn.Module):
 
 
 def augment(
-    cfg: Config, # roll, mix, gain_db, spec_filter, stretch_time, stretch_mel, shift_mel, spec_time_mask, spec_freq_mask
+    cfg: Config, # its augmentation settings; what is 0 is off
     frontend: nn.Module | None = None, # turns (B, samples) into (B, 1, time, mel)
 ) -> Augment:
     "The augmentations of a config, as one module."
