@@ -378,8 +378,12 @@ def standardise_spec(
     normalize: str = "clip", # "clip": by its own mean and deviation; "dataset": all alike; "band": by its bands' means
     spec_mean: float = 0.0, # mean over a data set
     spec_std: float = 1.0, # standard deviation over a data set
+    top_db: float | torch.Tensor = 0.0, # dB below a clip's loudest value at which it ends; 0 keeps all; or (B,)
 ) -> torch.Tensor: # (B, frames, n_mels), no value beyond ±20
     "Standardised spectrograms: `(x - mean) / std` of each clip, or AudioMAE's `(x - mean) / (2·std)` of a data set."
+    if isinstance(top_db, torch.Tensor) or top_db:
+        depth = torch.as_tensor(top_db, device=spec.device).view(-1, 1, 1) * math.log(10) / 10
+        spec = spec.maximum(spec.amax((1, 2), keepdim=True) - depth)
     if normalize == "dataset":
         spec = (spec - spec_mean) / (2 * spec_std)
     elif normalize == "band":
@@ -404,12 +408,13 @@ class FrontEnd(nn.Module):
         normalize: str, # "clip", "dataset" or "band"
         spec_mean: float, # of the data set
         spec_std: float, # of the data set
+        top_db: float, # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
     ):
         super().__init__()
         if normalize not in ("clip", "dataset", "band"):
             raise ValueError(f"normalize {normalize!r} is not known; 'clip', 'dataset' or 'band' would do")
         self.num_frames, self.hop_length = num_frames, hop_length
-        self.normalize, self.spec_mean, self.spec_std = normalize, spec_mean, spec_std
+        self.normalize, self.spec_mean, self.spec_std, self.top_db = normalize, spec_mean, spec_std, top_db
         self.register_buffer("window", window.float(), persistent=False)
         self.register_buffer("mel", mel.float(), persistent=False)
 
@@ -417,6 +422,7 @@ class FrontEnd(nn.Module):
         self,
         wav: torch.Tensor, # (B, samples), full scale ±1; padded or cropped to what num_frames need
         lengths: torch.Tensor | None = None, # (B,) samples of each clip that are sound; what lies behind is padding
+        top_db: torch.Tensor | None = None, # (B,) for each clip its own; the module's when left out
     ) -> torch.Tensor: # (B, 1, num_frames, n_mels) float32
         "Standardised spectrograms of a batch of clips."
         if wav.dim() != 2:
@@ -428,7 +434,8 @@ class FrontEnd(nn.Module):
             size = _BLOCK if wav.device.type == "cpu" else max(1, len(wav))
             blocks = zip(wav.split(size), lengths.to(wav.device).split(size), strict=True)
             spec = torch.cat([self.log_spectrum(*block) for block in blocks])
-            spec = standardise_spec(spec, self.normalize, self.spec_mean, self.spec_std)
+            top_db = self.top_db if top_db is None else top_db
+            spec = standardise_spec(spec, self.normalize, self.spec_mean, self.spec_std, top_db)
             return spec[:, None, : self.num_frames]
 
     def _apply(self, fn, recurse=True):
@@ -462,13 +469,14 @@ class LogMel(FrontEnd):
         normalize: str = "clip", # "clip", "dataset" or "band"
         spec_mean: float = -4.2677393, # of the data set, for "dataset"
         spec_std: float = 4.5689974, # of the data set, for "dataset" and "band"
+        top_db: float = 0.0, # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
     ):
         if num_frames * hop_length <= n_fft // 2:
             enough = n_fft // 2 // hop_length + 1
             raise ValueError(f"num_frames {num_frames} is at most half an FFT of {n_fft}; {enough} frames would do")
         mel = _import_torchaudio().functional.melscale_fbanks(n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate)
         window = torch.hann_window(win_length)
-        super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std)
+        super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
         self.n_fft = n_fft
 
     def log_spectrum(
@@ -509,6 +517,7 @@ class Fbank(FrontEnd):
         normalize: str = "dataset", # "clip", "dataset" or "band"
         spec_mean: float = -4.2677393, # of the data set, for "dataset"; AudioSet's
         spec_std: float = 4.5689974, # of the data set, for "dataset" and "band"; AudioSet's
+        top_db: float = 0.0, # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
     ):
         _import_torchaudio()
         from torchaudio.compliance.kaldi import get_mel_banks
@@ -516,7 +525,8 @@ class Fbank(FrontEnd):
         n_fft = 1 << (win_length - 1).bit_length()
         mel, _ = get_mel_banks(n_mels, n_fft, sample_rate, f_min, f_max, 100.0, -500.0, 1.0)
         window = torch.hann_window(win_length, periodic=False)
-        super().__init__(window, F.pad(mel.T, (0, 0, 0, 1)), num_frames, hop_length, normalize, spec_mean, spec_std)
+        mel = F.pad(mel.T, (0, 0, 0, 1))
+        super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
 
     def log_spectrum(
         self,
@@ -549,7 +559,8 @@ def build_frontend(
 ) -> FrontEnd:
     "The front end that a `Config` asks for: (B, samples) → (B, 1, *cfg.img_size)."
     num_frames, n_mels = cfg.img_size
-    names = ("sample_rate", "win_length", "hop_length", "f_min", "f_max", "normalize", "spec_mean", "spec_std")
+    standardising = ("normalize", "spec_mean", "spec_std", "top_db")
+    names = ("sample_rate", "win_length", "hop_length", "f_min", "f_max", *standardising)
     settings = {name: getattr(cfg, name) for name in names}
     if cfg.frontend == "logmel":
         return LogMel(num_frames, n_mels, n_fft=cfg.n_fft, **settings)

@@ -95,6 +95,7 @@ class _Model:
     decoder_num_heads: int = 8 # attention heads of the decoder
     mlp_ratio: float = 4.0 # hidden width of the feed-forward layers / the block's width
     block: Literal["macaron", "plain"] = "macaron" # SwiGLU macaron (AudioMAE++) or plain (AudioMAE)
+    decoder_pos: Literal["1d", "2d"] = "1d" # where patches stood: one row (AudioMAE++), or time and band (AudioMAE)
     rope: bool = False # also rotate queries and keys by the patches' positions (2-D RoPE)
 
     def _check(self):
@@ -116,6 +117,7 @@ class _Model:
                            " or ".join(map(str, good[-2:])) + " would")
         _need_float("mlp_ratio", self.mlp_ratio, 0, 64, "mlp_ratio=4.0 is usual", open_low=True)
         _need_choice("block", self.block, ("macaron", "plain"))
+        _need_choice("decoder_pos", self.decoder_pos, ("1d", "2d"))
 
 # %% ../nbs/00_config.ipynb #5a370cf8
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,7 @@ class _FrontEnd:
     normalize: Literal["clip", "dataset", "band"] = "clip" # standardise by clip, all alike, or each band of a clip
     spec_mean: float = -4.2677393 # mean of the data set's spectrograms (AudioSet's), for normalize="dataset"
     spec_std: float = 4.5689974 # their standard deviation (AudioSet's), for normalize="dataset" and "band"
+    top_db: float = 0.0 # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
 
     def _check(self):
         _need_choice("frontend", self.frontend, ("logmel", "fbank"))
@@ -189,6 +192,7 @@ class _FrontEnd:
         _need_float("f_min", self.f_min, 0, self.f_max, f"it must lie below f_max={self.f_max:g}", open_high=True)
         _need_float("spec_mean", self.spec_mean, float("-inf"), float("inf"), "-4.27 is AudioSet's", True, True)
         _need_float("spec_std", self.spec_std, 0, float("inf"), "4.57 is AudioSet's", True, True)
+        _need_float("top_db", self.top_db, 0, 1000, "40 would cut off what lies 40 dB below the loudest, 0 keeps all")
 
 # %% ../nbs/00_config.ipynb #76f669a6
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +203,7 @@ class _Augmentation:
     stretch_time: float = 0.0 # make a spectrogram slower or faster at random by up to this part
     stretch_mel: float = 0.0 # spread or squeeze its bands at random by up to this part
     shift_mel: float = 0.0 # move it up or down at random by up to this many bands
+    top_db_jitter: float = 0.0 # cut a clip's spectrum off up to this many dB above or below top_db at random
     spec_filter: float = 0.0 # raise and lower regions of the spectrum at random by about this many deviations
     gain_db: float = 0.0 # change the level at random by up to this many dB
     mix: float = 0.0 # probability that a clip is mixed with another one of the batch
@@ -210,6 +215,7 @@ class _Augmentation:
         for field in ("stretch_time", "stretch_mel"):
             _need_float(field, getattr(self, field), 0, 1, "0.1 would change it by up to a tenth, 0 is off")
         _need_float("shift_mel", self.shift_mel, 0, self.img_size[1], "3 would move it by up to three bands, 0 is off")
+        _need_float("top_db_jitter", self.top_db_jitter, 0, self.top_db, "15 beside top_db=45 would do, 0 is off")
         _need_float("spec_filter", self.spec_filter, 0, 10, "0.3 would do, 0 is off")
         _need_float("mix", self.mix, 0, 1, "0.5 mixes every second clip, 0 is off")
         for field, most in (("spec_time_mask", self.img_size[0]), ("spec_freq_mask", self.img_size[1])):
@@ -465,7 +471,7 @@ PRESETS = {
     **_SIZES,
     **{f"official_{name}": {**size, **_OFFICIAL} for name, size in _SIZES.items()},
     "audiomae": dict(
-        _size(768, 12, 12, 512), decoder_depth=16, decoder_num_heads=16, block="plain", img_size=(1024, 128),
-        patch_size=(16, 16), frontend="fbank", f_min=20.0, normalize="dataset", **_OFFICIAL
+        _size(768, 12, 12, 512), decoder_depth=16, decoder_num_heads=16, block="plain", decoder_pos="2d",
+        img_size=(1024, 128), patch_size=(16, 16), frontend="fbank", f_min=20.0, normalize="dataset", **_OFFICIAL
     ),
 }

@@ -884,7 +884,11 @@ class Augment(nn.Module):
         "From waveforms to spectrograms, through the front end."
         if self.frontend is None:
             raise ValueError("Augment has no front end; augment(cfg, build_frontend(cfg)) would have one")
-        return self.spec(self.frontend(self.wav(wav)))
+        wav, jitter = self.wav(wav), self.cfg.top_db_jitter
+        if self.training and jitter:
+            top_db = self.cfg.top_db + jitter * (2 * torch.rand(len(wav), device=wav.device) - 1)
+            return self.spec(self.frontend(wav, top_db=top_db))
+        return self.spec(self.frontend(wav))
 
 
 def augment(

@@ -314,7 +314,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(block(dim, heads, cfg.mlp_ratio) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, cfg.patch_dim)
-        self.register_buffer("pos_embed", sincos_1d(dim, cfg.num_patches), persistent=False)
+        pos_embed = sincos_1d(dim, cfg.num_patches) if cfg.decoder_pos == "1d" else sincos_2d(dim, cfg.grid_size)
+        self.register_buffer("pos_embed", pos_embed, persistent=False)
         angles = rope_angles(dim // heads, cfg.grid_size)[None] if cfg.rope else None
         self.register_buffer("angles", angles, persistent=False)
 

@@ -22,6 +22,7 @@ def _check_latent(
 def frame_embeddings(
     latent: torch.Tensor, # (B, 1+T*F, D) encoder output, CLS first
     grid_size: tuple[int, int], # (T, F): patches along time, patches along frequency
+    compat: bool = False, # the tokens in the wrong order in which the released AudioMAE++ code lays them out
 ) -> torch.Tensor: # (B, T, F*D) in order of time, low band first
     "One vector for each frame: its band tokens end to end. Raises ValueError where the grid does not fit the tokens."
     _check_latent(latent)
@@ -29,6 +30,8 @@ def frame_embeddings(
     clips, tokens, dim = latent.shape
     if tokens != 1 + frames * bands:
         raise ValueError(f"grid_size {tuple(grid_size)} needs 1 + {frames * bands} tokens; latent has {tokens}")
+    if compat:
+        return latent[:, 1:].reshape(clips, bands, frames, dim).transpose(1, 2).reshape(clips, frames, bands * dim)
     return latent[:, 1:].reshape(clips, frames, bands * dim)
 
 # %% ../nbs/03_pooling.ipynb #85ec9c7f
