@@ -15,6 +15,7 @@ _WHERE = {  # the public names, and the module of each
     "open_recordings": "data",
     "synthesize": "data",
     "EmbeddingGenerator": "embed",
+    "load_official": "pretrained",
     "compare_losses": "lab",
     "Comparison": "lab",
 }

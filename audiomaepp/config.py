@@ -146,6 +146,7 @@ class _Losses:
     use_labels: bool = True # contrast clips of a class where labels are known; else, two views of each clip
     views: int = 1 # augmented versions of each clip that the contrastive loss compares: 1 or 2
     pooling_mode: Literal["cls", "mean", "cls+mean"] = "mean" # how a clip's tokens become one vector
+    mask_padding: bool = True # what pads a short clip is left out of its embedding; False lets it count as silence
     grid_shifts: int = 1 # places of the patch grid along time, evenly over a patch, that an embedding averages
 
     def _check(self):
@@ -319,6 +320,9 @@ class _Derived:
         return self.clip_samples / self.sample_rate
 
 # %% ../nbs/00_config.ipynb #349c3bc8
+_FORMAT = 1 # of the files that `Config.save` writes; goes up when an older version could not make sense of a new file
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Image, _Derived):
     """Every setting of a model and its training; frozen, checked when it is made.
@@ -359,12 +363,18 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
 
     def save(self, path: str | os.PathLike):
         "Write the config as JSON."
-        write_atomic(path, json.dumps(self.to_dict(), indent=2).encode() + b"\n")
+        settings = {"format_version": _FORMAT, **self.to_dict()}
+        write_atomic(path, json.dumps(settings, indent=2).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Config":
         "Read a config that `save` wrote."
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = settings.pop("format_version", 1)
+        if version > _FORMAT:
+            raise ValueError(f"{path} was written by a newer audiomaepp (format_version={version}, {_FORMAT} is known); "
+                             "pip install --upgrade audiomaepp would do")
+        return cls.from_dict(settings)
 
     @classmethod
     def preset(cls, name: str = "tiny", **overrides) -> "Config":
@@ -442,15 +452,15 @@ _OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss
 _SEMANTIC = dict(
     _size(128, 2, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16),
     mask_ratio=0.75, normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
-    contrastive_temperature=0.3, grid_shifts=4, roll=True, mix=0.5, gain_db=6.0, spec_filter=0.3, stretch_time=0.2,
-    stretch_mel=0.1, shift_mel=3.0, spec_time_mask=60, spec_freq_mask=12, epochs=150, warmup_epochs=15, batch_size=48,
-    base_lr=4e-3,
+    contrastive_temperature=0.3, mask_padding=False, grid_shifts=4, roll=True, mix=0.5, gain_db=6.0, spec_filter=0.3,
+    stretch_time=0.2, stretch_mel=0.1, shift_mel=3.0, spec_time_mask=60, spec_freq_mask=12, epochs=150,
+    warmup_epochs=15, batch_size=48, base_lr=4e-3,
 )
 _WORDS = dict(
     _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
-    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, grid_shifts=1, roll=False, mix=0.0, gain_db=0.0,
-    spec_filter=0.0, stretch_time=0.25, stretch_mel=0.15, shift_mel=4.0, spec_time_mask=0, spec_freq_mask=0, epochs=80,
-    warmup_epochs=8, batch_size=64,
+    hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, top_db=45.0, top_db_jitter=15.0, roll=False, mix=0.0,
+    gain_db=0.0, spec_filter=0.0, stretch_time=0.25, stretch_mel=0.15, shift_mel=4.0, spec_time_mask=0,
+    spec_freq_mask=0, epochs=120, warmup_epochs=12, batch_size=64,
 )
 _UNLABELLED = dict(
     use_labels=False, views=2, contrastive_weight=1.0, use_uniformity_loss=False, stretch_time=0.25,

@@ -79,10 +79,11 @@ class _Windows:
 
     def _embed(self, wav: Tensor, lengths: Tensor, pooling_mode: str | None) -> np.ndarray: # (B, D) float64
         "The embeddings of windows (B, samples), whether the model is training or not."
-        was_training = self.model.training
+        was_training, lengths = self.model.training, lengths.to(self.device)
         with torch.inference_mode():
-            spec = self.frontend(wav.to(self.device), lengths.to(self.device))
-            vectors = self.model.eval().get_embedding(spec, pooling_mode)
+            spec = self.frontend(wav.to(self.device), lengths)
+            frames = (lengths + self.cfg.hop_length - 1) // self.cfg.hop_length if self.cfg.mask_padding else None
+            vectors = self.model.eval().get_embedding(spec, pooling_mode, frames)
         self.model.train(was_training)
         return vectors.double().cpu().numpy()
 

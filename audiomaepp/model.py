@@ -9,12 +9,15 @@ __all__ = ['BLOCKS', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'rope_a
 
 # %% ../nbs/02_model.ipynb #3b4b2d39
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
 from .config import Config, write_atomic
@@ -178,24 +181,28 @@ class Attention(nn.Module):
         self,
         x: Tensor, # (B, L, D)
         angles: Tensor | None = None, # (B or 1, L, D / heads / 2) rotary angles
+        sounds: Tensor | None = None, # (B, L) False for tokens of padding, to which nothing attends
     ) -> Tensor: # (B, L, D)
         b, n, d = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, n, d))
+        return self.proj(attend(q, k, v, sounds).transpose(1, 2).reshape(b, n, d))
 
 
 def attend(
     q: Tensor, # (B, H, L, d) queries
     k: Tensor, # (B, H, L, d) keys
     v: Tensor, # (B, H, L, d) values
+    sounds: Tensor | None = None, # (B, L) False for keys that shall not be seen
 ) -> Tensor: # (B, H, L, d)
     "softmax(q·kᵀ / √d)·v, by the fastest way there is."
+    seen = None if sounds is None else sounds[:, None, None]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, seen)
     with torch.autocast("cpu", enabled=False):  # PyTorch's bf16 kernel for CPUs takes several times as long
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+        scores = q * q.shape[-1] ** -0.5 @ k.mT
+        return (scores if seen is None else scores.masked_fill(~seen, float("-inf"))).softmax(dim=-1) @ v
 
 # %% ../nbs/02_model.ipynb #7da92c95
 class MacaronBlock(nn.Module):
@@ -212,9 +219,9 @@ class MacaronBlock(nn.Module):
         self.norm2, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
         self.ffn2 = SwiGLU(dim, int(2 * dim * mlp_ratio / 3))
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor: # (B, L, D) → (B, L, D)
+    def forward(self, x: Tensor, angles: Tensor | None = None, sounds: Tensor | None = None) -> Tensor: # (B, L, D), twice
         x = x + 0.5 * self.ffn1(self.norm1(x))
-        x = x + self.attn(self.norm2(x), angles)
+        x = x + self.attn(self.norm2(x), angles, sounds)
         return x + self.ffn2(self.norm2(x))
 
 # %% ../nbs/02_model.ipynb #4b8b7c54
@@ -231,8 +238,8 @@ class PlainBlock(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor: # (B, L, D) → (B, L, D)
-        x = x + self.attn(self.norm1(x), angles)
+    def forward(self, x: Tensor, angles: Tensor | None = None, sounds: Tensor | None = None) -> Tensor: # (B, L, D), twice
+        x = x + self.attn(self.norm1(x), angles, sounds)
         return x + self.mlp(self.norm2(x))
 
 
@@ -275,6 +282,7 @@ class Encoder(nn.Module):
         self,
         patches: Tensor, # (B, N, patch_dim), all of them
         ids_keep: Tensor | None = None, # (B, visible) which to see; None sees all, in order
+        sounds: Tensor | None = None, # (B, N) False for patches of padding, which nothing sees; only without ids_keep
     ) -> Tensor: # (B, 1 + visible, D), CLS first
         "Embed the patches that are to be seen, add their positions, run the blocks."
         pos, angles = self.pos_embed[:, 1:], self.angles
@@ -287,8 +295,9 @@ class Encoder(nn.Module):
             angles = angles[None]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
         x = torch.cat([cls, self.patch_embed(patches) + pos], dim=1)
+        sounds = F.pad(sounds, (1, 0), value=True) if sounds is not None else None  # CLS is seen
         for block in self.blocks:
-            x = block(x, angles)
+            x = block(x, angles, sounds)
         return self.norm(x)
 
 
@@ -379,36 +388,92 @@ def _same_clip(labels: Tensor | None) -> Tensor | None: # (B,) → (2B,)
     return torch.where(labels < 0, own, labels).repeat(2)
 
 # %% ../nbs/02_model.ipynb #5f92189e
-class _Pretrained:
-    "Saving and loading."
+_FILES = ("config.json", "model.safetensors")
 
-    def save_pretrained(
+
+class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "masked-autoencoder", "feature-extraction"]):
+    "Saving and loading: a folder, or a repository of the Hub."
+
+    def write(
         self,
         folder: str | os.PathLike, # made if it isn't there
     ):
-        "Write `model.safetensors` and `config.json`."
+        "Write weights and config, each in one move; `save_pretrained` adds a model card, `push_to_hub` uploads all."
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(folder) / "model.safetensors", safetensors.torch.save(cpu_state(self)))
         self.cfg.save(Path(folder) / "config.json")
 
+    def _save_pretrained(self, save_directory: Path):
+        self.write(save_directory)
+
+    def generate_model_card(
+        self,
+        data: str = "", # what it was trained on, and how that was split
+        scores: dict[str, dict[str, float]] | None = None, # held-out scores: {"model": {"knn": 0.9}, "floor": {…}}
+    ) -> ModelCard: # README.md of the folder; `save_pretrained(…, model_card_kwargs=dict(data=…, scores=…))`
+        "What the model is, what it was trained on, with which settings, and how well it did on held-out clips."
+        card = ModelCard.from_template(self._hub_mixin_info.model_card_data, template_str="---\n{{ card_data }}\n---\n")
+        card.text = _card_text(self, data, scores or {})
+        return card
+
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike, # what `save_pretrained` or a training run wrote
+        pretrained_model_name_or_path: str | os.PathLike, # a folder with a model, or a repository of the Hub
         device: str | torch.device = "cpu", # where the model goes
+        **options, # revision, token, cache_dir, local_files_only, force_download: of the Hub
     ) -> "AudioMAEPlusPlus": # in evaluation mode
-        "Read a model back; raises FileNotFoundError if the folder holds none."
-        for path in (Path(folder) / "config.json", Path(folder) / "model.safetensors"):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; a folder that save_pretrained or a run wrote would do")
-        model = cls(Config.load(Path(folder) / "config.json"))
-        model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"))
-        return model.to(device).eval()
+        "Read a model back; raises FileNotFoundError where there is none."
+        name = str(pretrained_model_name_or_path)
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir()
+        return cls._from_pretrained(model_id=name if on_hub else Path(name), **options).to(device)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str | Path, **options) -> "AudioMAEPlusPlus":
+        config, weights = (_found(model_id, name, options) for name in _FILES)
+        model = cls(Config.load(config))
+        model.load_state_dict(safetensors.torch.load_file(weights))
+        return model.eval()
+
+
+def _found(model_id: str | Path, name: str, options: dict) -> Path:
+    "A file of a model's folder, or of a repository of the Hub."
+    if isinstance(model_id, str):
+        try:
+            return Path(hf_hub_download(model_id, name, **options))
+        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(f"{model_id} is no folder here, and as a repository of the Hub it gave no {name} "
+                                    f"({reason}); a folder that save_pretrained or a run wrote would do") from error
+    path = model_id / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a folder that save_pretrained or a run wrote would do")
+    return path
 
 
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:
     "A module's state dict, ready for safetensors."
     return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+# %% ../nbs/02_model.ipynb #70db5001
+def _card_text(model: nn.Module, data: str, scores: dict[str, dict[str, float]]) -> str:
+    "The body of a model card, in Markdown."
+    cfg, count = model.cfg, sum(p.numel() for p in model.parameters())
+    lines = ["# AudioMAE++", "", f"A masked autoencoder for audio, {count / 1e6:.1f} M parameters: windows of "
+             f"{cfg.clip_seconds:g} s at {cfg.sample_rate} Hz to embeddings of {cfg.embedding_dim} numbers.", "",
+             "```python", "from audiomaepp import EmbeddingGenerator", "",
+             'EmbeddingGenerator("this folder or repository").extract_embedding("sound.wav")', "```", "", "## Data", "",
+             data or "Not stated.", "", "## Held-out scores", ""]
+    if scores:
+        names = list(dict.fromkeys(name for row in scores.values() for name in row))
+        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        cells = {who: [f"{row[n]:.3g}" if n in row else "" for n in names] for who, row in scores.items()}
+        lines += [f"| {who} | " + " | ".join(row) + " |" for who, row in cells.items()]
+    else:
+        lines.append("Not stated.")
+    settings = [f"| `{name}` | `{value!r}` |" for name, value in cfg.diff().items()]
+    lines += ["", "## Settings that differ from the defaults", "", "| setting | value |", "|---|---|", *settings, ""]
+    return "\n".join(lines)
 
 # %% ../nbs/02_model.ipynb #5a52048a
 def _init_weights(module: nn.Module):
@@ -471,18 +536,40 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
             loss = loss + sum(getattr(cfg, f"{k}_weight") * v for k, v in losses.items() if k != "reconstruction")
         return AudioMAEOutput(loss, losses, pred, mask, latent, embeddings)
 
-    def encode(self, spec: Tensor) -> Tensor: # (B, C, T, M) → (B, 1 + N, D)
+    def encode(
+        self,
+        spec: Tensor, # (B, C, T, M)
+        frames: Tensor | None = None, # (B,) frames that are sound; patches behind them are seen by none
+    ) -> Tensor: # (B, 1 + N, D)
         "All tokens of an unmasked spectrogram, CLS first, then time-major; the same every time."
-        return self.encoder(self.patchify(spec))
+        sounds = None if frames is None else self.sounding(frames)
+        return self.encoder(self.patchify(spec), sounds=sounds)
+
+    def sounding(
+        self,
+        frames: Tensor, # (B,) frames that are sound
+        first: int = 0, # frame in which the sound begins
+    ) -> Tensor | None: # (B, N) True for a patch with sound in it; None if all have
+        "Which patches hold sound, and not padding alone."
+        (steps, bands), size = self.cfg.grid_size, self.cfg.patch_size[0]
+        if bool((frames >= self.cfg.num_frames).all()):
+            return None
+        last = first + frames.clamp(min=1)[:, None]
+        begins = torch.arange(steps, device=frames.device) * size
+        sounds = (begins < last) & (begins + size > first) | (begins < last - self.cfg.num_frames)
+        return sounds.repeat_interleave(bands, dim=1)
 
     def get_embedding(
         self,
         spec: Tensor, # (B, C, time, mel)
         pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's when left out
+        frames: Tensor | None = None, # (B,) frames that are sound; the padding behind them has no part in the embedding
     ) -> Tensor: # (B, D), (B, 2D) with "cls+mean", (B, bands·D) with "frame"
         "One vector per clip, from the unmasked spectrogram; the mean over `cfg.grid_shifts` places of the patch grid."
-        cfg = self.cfg
-        shifts = [i * cfg.patch_size[0] // cfg.grid_shifts for i in range(cfg.grid_shifts)]  # frames
-        latents = (self.encode(spec.roll(n, dims=2) if n else spec) for n in shifts)
-        rows = [extract_embeddings(latent, pooling_mode or cfg.pooling_mode, cfg.grid_size) for latent in latents]
+        cfg, rows = self.cfg, []
+        for i in range(cfg.grid_shifts):
+            first = i * cfg.patch_size[0] // cfg.grid_shifts
+            sounds = None if frames is None else self.sounding(frames, first)
+            latent = self.encoder(self.patchify(spec.roll(first, dims=2) if first else spec), sounds=sounds)
+            rows.append(extract_embeddings(latent, pooling_mode or cfg.pooling_mode, cfg.grid_size, sounds))
         return torch.stack(rows).mean(dim=0) if len(rows) > 1 else rows[0]

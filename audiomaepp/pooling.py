@@ -35,10 +35,22 @@ def frame_embeddings(
     return latent[:, 1:].reshape(clips, frames, bands * dim)
 
 # %% ../nbs/03_pooling.ipynb #85ec9c7f
+def _mean(
+    x: torch.Tensor, # (B, N, D)
+    sounds: torch.Tensor | None, # (B, N) which count; all when left out
+) -> torch.Tensor: # (B, D)
+    "The mean over those that count."
+    if sounds is None:
+        return x.mean(dim=1)
+    weight = sounds.to(x.dtype)[..., None]
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
 def extract_embeddings(
     latent: torch.Tensor, # (B, 1+N, D) encoder output, CLS first
     mode: str = "mean", # "cls", "mean", "cls+mean" or "frame"
     grid_size: tuple[int, int] | None = None, # (T, F), patches along time and frequency; for "frame" only
+    sounds: torch.Tensor | None = None, # (B, N) False for patches of padding, which have no part in a mean
 ) -> torch.Tensor: # (B, D), (B, 2D) for "cls+mean", (B, F*D) for "frame"
     """One vector for each clip.
 
@@ -53,6 +65,7 @@ def extract_embeddings(
     if mode == "frame":
         if grid_size is None:
             raise ValueError("mode 'frame' needs grid_size=(frames, bands); it is Config.grid_size")
-        return frame_embeddings(latent, grid_size).mean(dim=1)
-    parts = {"cls": latent[:, 0], "mean": latent[:, 1:].mean(dim=1)}
+        frames = frame_embeddings(latent, grid_size)
+        return _mean(frames, sounds.unflatten(1, tuple(grid_size)).any(dim=2) if sounds is not None else None)
+    parts = {"cls": latent[:, 0], "mean": _mean(latent[:, 1:], sounds)}
     return torch.cat([parts[part] for part in mode.split("+")], dim=-1)

@@ -297,7 +297,7 @@ class _Records:
         if score is None or self.best is None or math.isnan(self.best) or score >= self.best:  # of equals the later
             self.best = score
             if self.out_dir and self.accelerator.is_main_process:
-                model.save_pretrained(self.out_dir)
+                model.write(self.out_dir)
         return scores
 
 # %% ../nbs/04_train.ipynb #d339069f
