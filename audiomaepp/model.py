@@ -282,7 +282,7 @@ class Encoder(nn.Module):
         self,
         patches: Tensor, # (B, N, patch_dim), all of them
         ids_keep: Tensor | None = None, # (B, visible) which to see; None sees all, in order
-        sounds: Tensor | None = None, # (B, N) False for patches of padding, which nothing sees; only without ids_keep
+        sounds: Tensor | None = None, # (B, N or visible) False for patches of padding, which nothing attends to
     ) -> Tensor: # (B, 1 + visible, D), CLS first
         "Embed the patches that are to be seen, add their positions, run the blocks."
         pos, angles = self.pos_embed[:, 1:], self.angles
@@ -569,7 +569,11 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         cfg, rows = self.cfg, []
         for i in range(cfg.grid_shifts):
             first = i * cfg.patch_size[0] // cfg.grid_shifts
-            sounds = None if frames is None else self.sounding(frames, first)
-            latent = self.encoder(self.patchify(spec.roll(first, dims=2) if first else spec), sounds=sounds)
-            rows.append(extract_embeddings(latent, pooling_mode or cfg.pooling_mode, cfg.grid_size, sounds))
+            sounds, ids = None if frames is None else self.sounding(frames, first), None
+            grid, patches = cfg.grid_size, self.patchify(spec.roll(first, dims=2) if first else spec)
+            if sounds is not None:  # what is padding in every clip need not be computed
+                ids = sounds.any(dim=0).nonzero()[:, 0].expand(len(spec), -1)
+                sounds, grid = sounds.gather(1, ids), (ids.shape[1] // grid[1], grid[1])
+            latent = self.encoder(patches, ids, sounds)
+            rows.append(extract_embeddings(latent, pooling_mode or cfg.pooling_mode, grid, sounds))
         return torch.stack(rows).mean(dim=0) if len(rows) > 1 else rows[0]

@@ -1,0 +1,197 @@
+"""Any recording gives one answer; a folder of them survives being killed; an hour takes no more memory than minutes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from audiomaepp.config import Config
+from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.model import AudioMAEPlusPlus
+
+SMALL = dict(embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4,
+             img_size=(50, 16), patch_size=(10, 8))  # windows of half a second
+
+
+@cache
+def generator(**changes) -> EmbeddingGenerator:
+    torch.manual_seed(0)
+    return EmbeddingGenerator(AudioMAEPlusPlus(Config(**SMALL | changes)), device="cpu", batch_size=4)
+
+
+recordings = st.lists(
+    st.tuples(st.integers(1, 40_000), st.sampled_from([8000, 11_025, 16_000, 44_100]), st.integers(1, 3)),
+    min_size=1, max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(recordings, st.integers(0, 2**32 - 1), st.integers(1, 9), st.sampled_from(["cls", "mean", "cls+mean", "frame"]),
+       st.booleans())
+def test_one_answer_whatever_the_company(shapes, seed, batch_size, pooling, masked):
+    """An index that holds another vector than the query's, because of what else was in the list, finds nothing."""
+    rng, generate = np.random.default_rng(seed), generator(mask_padding=masked, grid_shifts=2)
+    clips = [(rng.uniform(-1, 1, (channels, n) if channels > 1 else n).astype(np.float32), rate)
+             for n, rate, channels in shapes]
+    alone = [generate.extract_embedding(clip, rate, pooling) for clip, rate in clips]
+    for rate in {rate for _, rate in clips}:
+        rows = rng.permutation([i for i, (_, r) in enumerate(clips) if r == rate])
+        generate.batch_size = batch_size
+        together = generate.extract_embedding([clips[i][0] for i in rows], rate, pooling)
+        generate.batch_size = 4
+        for i, vector in zip(rows, together, strict=True):
+            assert np.isfinite(vector).all()
+            np.testing.assert_allclose(vector, alone[i], atol=1e-5)
+    again = [generate.extract_embedding(clip, rate, pooling) for clip, rate in clips]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, again, strict=True))
+
+
+def test_padding_has_no_part():
+    """A short clip's vector would drift towards silence with every sample that it lacks."""
+    clip = torch.randn(3200, generator=torch.Generator().manual_seed(0)) * 0.1
+    longer = Config(**SMALL | dict(img_size=(100, 16)), normalize="dataset")
+    torch.manual_seed(0)
+    model = AudioMAEPlusPlus(longer)
+    short = AudioMAEPlusPlus(longer.replace(img_size=(50, 16)))
+    short.load_state_dict(model.state_dict())
+    # the same weights with half the window: positions of the steps that are left are the same
+    a, b = (EmbeddingGenerator(m, device="cpu").extract_embedding(clip) for m in (model, short))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    counted = AudioMAEPlusPlus(longer.replace(mask_padding=False))
+    counted.load_state_dict(model.state_dict())
+    assert np.abs(EmbeddingGenerator(counted, device="cpu").extract_embedding(clip) - a).max() > 0.01
+
+
+def sounds(folder, n, seconds=0.7, rate=8000):
+    """A folder of short files in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / ("dog", "rain")[i % 2] / f"{i:05d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(int(seconds * rate)), rate)
+    return folder
+
+
+def test_a_folder_is_not_embedded_twice_unless_it_changed(tmp_path):
+    folder, out, generate = sounds(tmp_path / "in", 6), tmp_path / "out" / "x.parquet", generator()
+    first = generate.embed_folder(folder, out, quiet=True)
+    assert list(first["label"]) == ["dog"] * 3 + ["rain"] * 3 and (first["end"] == 0.7).all()
+    embedded = []
+    plain, generate._embed = generate._embed, lambda *a: embedded.append(len(a[0])) or plain(*a)
+    try:
+        again = generate.embed_folder(folder, out, quiet=True)
+        assert not embedded and again["embedding"].map(tuple).equals(first["embedding"].map(tuple))
+        changed, gone, broken = (folder / "dog" / f"{i:05d}.wav" for i in (0, 2, 4))
+        soundfile.write(changed, np.zeros(8000), 8000)
+        gone.unlink()
+        broken.write_bytes(b"no sound any more")
+        table = generate.embed_folder(folder, out, quiet=True)
+    finally:
+        del generate._embed
+    assert sum(embedded) == 2 and len(table) == 4  # two windows of one second
+    assert table.set_index("path").loc[str(changed), "end"] == 1.0 and str(gone) not in set(table["path"])
+    assert [path for path, _ in table.attrs["skipped"]] == [str(broken)]
+    with pytest.raises(ValueError, match="was written with rows recordings, not windows"):
+        generate.embed_folder(folder, out, quiet=True, windows=True)
+    with pytest.raises(ValueError, match="was written with model"):
+        generator(depth=2).embed_folder(folder, out, quiet=True)
+
+
+def test_windows_have_their_places(tmp_path):
+    folder, generate = sounds(tmp_path, 3, seconds=1.3), generator()
+    table = generate.embed_folder(folder, quiet=True, windows=True)
+    assert table.groupby("path")["start"].apply(list).map(tuple).unique().tolist() == [(0.0, 0.5, 1.0)]
+    np.testing.assert_allclose(table["end"] - table["start"], [0.5, 0.5, 0.3] * 3)
+    whole = generate.embed_folder(folder, quiet=True)
+    mean = np.average(np.stack(table["embedding"][:3]), axis=0, weights=[0.5, 0.5, 0.3])
+    np.testing.assert_allclose(mean, whole["embedding"][0], atol=1e-6)
+
+
+WORK = """
+    import sys, torch
+    from audiomaepp.config import Config
+    from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.model import AudioMAEPlusPlus
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = AudioMAEPlusPlus(Config(**{small!r}))
+    print("begun", flush=True)
+    generate = EmbeddingGenerator(model, device="cpu")
+    generate.embed_folder({folder!r}, {out!r}, quiet=True, windows=True, save_seconds=0.05)
+"""
+
+
+def killed_twice(tmp_path, n):
+    """Embed a folder in a process that is killed twice on the way; the table, and how many parts the kills left."""
+    folder, out = sounds(tmp_path / "in", n), tmp_path / "x.parquet"
+    code = textwrap.dedent(WORK.format(small=SMALL, folder=str(folder), out=str(out)))
+    left = []
+    for goal in (1, 3):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        while process.poll() is None and len(list(tmp_path.glob("x.parquet.parts/*.parquet"))) < goal:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left.append(len(list(tmp_path.glob("x.parquet.parts/*.parquet"))))
+    assert not out.exists(), "it was done before it was killed; more files would do"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    return folder, pd.read_parquet(out), left
+
+
+def check_killed(tmp_path, n):
+    folder, table, left = killed_twice(tmp_path, n)
+    assert 0 < left[0] < left[1]
+    assert len(table) == 2 * n and not table.duplicated(["path", "start"]).any()
+    assert set(table["path"]) == {str(path) for path in folder.rglob("*.wav")}
+    assert sorted(os.listdir(tmp_path)) == ["in", "x.parquet"]  # the parts are gone
+    whole = generator().embed_folder(folder, quiet=True, windows=True).sort_values(["path", "start"])
+    ours = table.sort_values(["path", "start"])
+    np.testing.assert_allclose(np.stack(ours["embedding"]), np.stack(whole["embedding"]), atol=1e-5)
+
+
+def test_killed_twice_one_row_for_each_window(tmp_path):
+    """A night's work would be lost, or counted twice."""
+    check_killed(tmp_path, 600)
+
+
+@pytest.mark.slow
+def test_killed_twice_in_ten_thousand_files(tmp_path):
+    check_killed(tmp_path, 10_000)
+
+
+PEAK = """
+    import resource, sys, numpy as np, torch
+    from audiomaepp.config import Config
+    from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.model import AudioMAEPlusPlus
+    torch.set_num_threads(1)
+    generate = EmbeddingGenerator(AudioMAEPlusPlus(Config(**{small!r})), device="cpu")
+    assert np.isfinite(generate.extract_embedding({path!r})).all()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_an_hour_takes_the_memory_of_ten_minutes(tmp_path):
+    peaks = []
+    for minutes in (10, 60):
+        path = tmp_path / f"{minutes}.wav"
+        with soundfile.SoundFile(path, "w", 44_100, 1) as file:
+            for i in range(minutes):
+                file.write(0.1 * np.random.default_rng(i).standard_normal(60 * 44_100))
+        code = textwrap.dedent(PEAK.format(small=SMALL, path=str(path)))
+        peaks.append(int(subprocess.check_output([sys.executable, "-c", code])))
+        path.unlink()
+    print(f"peak memory: {peaks[0] / 1024:.0f} MB for ten minutes, {peaks[1] / 1024:.0f} MB for an hour")
+    assert peaks[1] < 1.1 * peaks[0]
