@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataArgs', 'open_again', 'train_run', 'Evaluation', 'evaluate_run', 'draw_run', 'draw_reconstructions', 'Demo',
-           'Train', 'Evaluate', 'Map', 'Embed', 'read_axis', 'read_axes', 'write_comparison', 'Lab', 'Doctor', 'parse',
-           'main']
+           'Train', 'Evaluate', 'Map', 'Embed', 'Search', 'read_axis', 'read_axes', 'write_comparison', 'Lab', 'Doctor',
+           'parse', 'main']
 
 # %% ../nbs/40_cli.ipynb #bf971662
 import dataclasses
@@ -45,6 +45,7 @@ from audiomaepp.lab import (
     validation_rows,
 )
 from .model import AudioMAEPlusPlus
+from .search import SoundIndex
 from .train import History, Trainer, read_progress
 
 # %% ../nbs/40_cli.ipynb #81b18308
@@ -361,22 +362,45 @@ def _no_column(colour: str, table) -> ValueError:
 # %% ../nbs/40_cli.ipynb #1c09cfd0
 @dataclass
 class Embed:
-    "Embed a folder or table of sounds to Parquet."
+    "Embed a folder or table of sounds to Parquet; stopped and called again, it goes on."
 
-    model: tyro.conf.Positional[str] # a run's folder, or one that save_pretrained wrote
+    model: tyro.conf.Positional[str] # a run's folder, one that save_pretrained wrote, or a repository of the Hub
     data: str # folder or table of sounds
     out: str = "embeddings.parquet" # Parquet file: path, label, …, embedding
     pooling_mode: str | None = None # cls, mean, cls+mean or frame; the model's own when left out
+    windows: bool = False # a row for each window of a recording, not one for the whole
+    workers: int | None = None # threads that decode; one for each core when left out
 
     def run(self):
-        table = EmbeddingGenerator(self.model).embed_folder(self.data, self.out, self.pooling_mode)
+        how = dict(windows=self.windows, workers=self.workers)
+        table = EmbeddingGenerator(self.model).embed_folder(self.data, self.out, self.pooling_mode, **how)
         skipped = table.attrs["skipped"]
         size = len(table["embedding"].iat[0]) if len(table) else 0
-        print(f"{len(table)} recordings embedded ({size} numbers each) in {self.out}; {len(skipped)} skipped")
+        of = f"{len(table)} windows of {table['path'].nunique()}" if self.windows else f"{len(table)}"
+        print(f"{of} recordings embedded ({size} numbers each) in {self.out}; {len(skipped)} skipped")
         if skipped:
             path = Path(self.out).with_suffix(".skipped.csv")
             skipped.to_csv(path)
             print(*_skipped_lines(skipped), f"All in {path}", sep="\n")
+
+# %% ../nbs/40_cli.ipynb #70dba001
+@dataclass
+class Search:
+    "Find the sounds that are most like a clip, or like the mean of some clips."
+
+    clips: tyro.conf.Positional[tuple[str, ...]] # sound files, in the table or not
+    table: Annotated[str, tyro.conf.arg(name="in")] = "embeddings.parquet" # what `audiomaepp embed` wrote
+    model: str | None = None # the model that wrote it; needed for clips that are not in the table
+    k: int = 10 # how many to find
+    out: str | None = None # write them to this CSV file too
+
+    def run(self):
+        if not Path(self.table).is_file():
+            raise FileNotFoundError(f"{self.table} is missing; a file that audiomaepp embed wrote would do")
+        hits = SoundIndex(self.table, self.model).search(list(self.clips), self.k)
+        print(hits)
+        if self.out:
+            hits.table.to_csv(self.out, index=False)
 
 # %% ../nbs/40_cli.ipynb #bb20198f
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -587,14 +611,14 @@ _CHECKS = {"torchaudio works": _check_torchaudio, "formats": _check_formats, "mo
 # %% ../nbs/40_cli.ipynb #ebc35a90
 def parse(
     argv: list[str], # what stands behind `audiomaepp`
-) -> Demo | Train | Evaluate | Map | Embed | Lab | Doctor:
+) -> Demo | Train | Evaluate | Map | Embed | Search | Lab | Doctor:
     "The command that the arguments ask for."
     found = re.search(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(argv))
     preset = found[1] if found else "nano"
     start = dict(config=Config.preset(preset), preset=preset)
     commands = {
-        "demo": Demo(), "train": Train(**start), "evaluate": Evaluate, "map": Map, "embed": Embed, "lab": Lab(**start),
-        "doctor": Doctor(),
+        "demo": Demo(), "train": Train(**start), "evaluate": Evaluate, "map": Map, "embed": Embed, "search": Search,
+        "lab": Lab(**start), "doctor": Doctor(),
     }
     kinds = []
     for name, command in commands.items():
