@@ -287,13 +287,13 @@ class Encoder(nn.Module):
         "Embed the patches that are to be seen, add their positions, run the blocks."
         pos, angles = self.pos_embed[:, 1:], self.angles
         if ids_keep is not None:
-            patches, pos = take(patches, ids_keep), take(pos.expand(len(ids_keep), -1, -1), ids_keep)
+            patches, pos = take(patches, ids_keep), take(pos.expand(ids_keep.shape[0], -1, -1), ids_keep)
             if angles is not None:
                 ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), ids_keep + 1], dim=1)
                 angles = angles[ids]  # (B, 1 + visible, d / 2)
         elif angles is not None:
             angles = angles[None]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)
         x = torch.cat([cls, self.patch_embed(patches) + pos], dim=1)
         sounds = F.pad(sounds, (1, 0), value=True) if sounds is not None else None  # CLS is seen
         for block in self.blocks:
