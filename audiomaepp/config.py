@@ -372,7 +372,7 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         version = settings.pop("format_version", 1)
         if version > _FORMAT:
-            raise ValueError(f"{path} was written by a newer audiomaepp (format_version={version}, {_FORMAT} is known); "
+            raise ValueError(f"{path} is of a newer audiomaepp (format_version={version}, {_FORMAT} is known); "
                              "pip install --upgrade audiomaepp would do")
         return cls.from_dict(settings)
 

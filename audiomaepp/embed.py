@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_wave', 'frames_of', 'frame_times', 'embed_frames', 'as_pieces', 'decoded', 'fingerprint', 'write_parquet',
-           'EmbeddingGenerator']
+           'EmbeddingGenerator', 'AudioMAEEmbedder']
 
 # %% ../nbs/20_embed.ipynb #1ab9ca9b
 import hashlib
@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from .audio import AudioError, build_frontend, load_audio, resample, stream_audio, windows
@@ -470,3 +472,75 @@ class EmbeddingGenerator(_Recordings):
         table = pd.DataFrame(rows, columns=list(columns)) if store is None else pd.read_parquet(out)
         table.attrs["skipped"] = skipped
         return table
+
+# %% ../nbs/20_embed.ipynb #70dbb002
+class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
+    "Recordings → embeddings, as a scikit-learn transformer."
+
+    def __init__(
+        self,
+        model=None, # a model, a folder with one, or a repository of the Hub
+        pooling_mode=None, # "cls", "mean", "cls+mean" or "frame"; the config's when left out
+        sample_rate=None, # Hz of samples in X; the model's own when left out
+        device=None, # a GPU if there is one, when left out
+        batch_size=32, # windows at a time
+    ):
+        self.model, self.pooling_mode, self.sample_rate = model, pooling_mode, sample_rate
+        self.device, self.batch_size = device, batch_size
+
+    def fit(
+        self,
+        X, # recordings: paths, bytes, samples; or one array (n, samples)
+        y=None, # not looked at
+    ):
+        "Load the model and look at the recordings' form; nothing is learnt."
+        if self.model is None:
+            raise ValueError("model=None embeds nothing; a model, or the folder of one, would do")
+        X = self._recordings(X, reset=True)
+        self.n_features_out_ = len(self._generator().extract_embedding(torch.zeros(1), pooling_mode=self.pooling_mode))
+        return self
+
+    def transform(
+        self,
+        X, # recordings: paths, bytes, samples; or one array (n, samples)
+    ) -> np.ndarray: # (n, D) float32
+        "The embedding of each recording. Raises `AudioError` for a file that is no use."
+        check_is_fitted(self)
+        return self._generator().extract_embedding(self._recordings(X), self.sample_rate, self.pooling_mode)
+
+    def _recordings(self, X, reset: bool = False) -> list:
+        "X as a list of recordings; an array of numbers is checked as scikit-learn checks arrays."
+        array = np.asarray(X) if hasattr(X, "__array__") else X
+        numbers = isinstance(array, np.ndarray) and (array.dtype.kind in "biufc" or array.ndim > 1)
+        if numbers or hasattr(X, "toarray") or isinstance(X, str | bytes | os.PathLike) or _is_nested(X):
+            return list(validate_data(self, X, reset=reset, dtype=np.float32))
+        X = list(array)
+        if not X:
+            raise ValueError("X holds no recordings; at least one would do")
+        return X
+
+    def _generator(self) -> EmbeddingGenerator:
+        "The generator, made when it is first needed and again when a parameter has changed."
+        key = (id(self.model), self.device, self.batch_size)
+        if getattr(self, "_made", (None, None))[0] != key:
+            self._made = key, EmbeddingGenerator(self.model, self.device, self.batch_size)
+        return self._made[1]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k != "_made"}
+
+    def get_feature_names_out(self, input_features=None) -> np.ndarray: # (D,) of str
+        "audiomae0, audiomae1, …"
+        check_is_fitted(self)
+        return np.array([f"audiomae{i}" for i in range(self.n_features_out_)], dtype=object)
+
+
+def _is_nested(X) -> bool:
+    "Whether X is a list of lists, which scikit-learn takes for an array."
+    return isinstance(X, list) and bool(X) and isinstance(X[0], list)
+

@@ -219,7 +219,12 @@ class MacaronBlock(nn.Module):
         self.norm2, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
         self.ffn2 = SwiGLU(dim, int(2 * dim * mlp_ratio / 3))
 
-    def forward(self, x: Tensor, angles: Tensor | None = None, sounds: Tensor | None = None) -> Tensor: # (B, L, D), twice
+    def forward(
+        self,
+        x: Tensor, # (B, L, D)
+        angles: Tensor | None = None, # rotary angles
+        sounds: Tensor | None = None, # (B, L) which tokens are attended to
+    ) -> Tensor: # (B, L, D)
         x = x + 0.5 * self.ffn1(self.norm1(x))
         x = x + self.attn(self.norm2(x), angles, sounds)
         return x + self.ffn2(self.norm2(x))
@@ -238,7 +243,12 @@ class PlainBlock(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, angles: Tensor | None = None, sounds: Tensor | None = None) -> Tensor: # (B, L, D), twice
+    def forward(
+        self,
+        x: Tensor, # (B, L, D)
+        angles: Tensor | None = None, # rotary angles
+        sounds: Tensor | None = None, # (B, L) which tokens are attended to
+    ) -> Tensor: # (B, L, D)
         x = x + self.attn(self.norm1(x), angles, sounds)
         return x + self.mlp(self.norm2(x))
 

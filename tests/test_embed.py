@@ -195,3 +195,50 @@ def test_an_hour_takes_the_memory_of_ten_minutes(tmp_path):
         path.unlink()
     print(f"peak memory: {peaks[0] / 1024:.0f} MB for ten minutes, {peaks[1] / 1024:.0f} MB for an hour")
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    generator().model.write(folder)
+    return str(folder)
+
+
+def test_scikit_learns_own_checks(model_folder):
+    """With one window at a time: in larger batches float32 sums differ by 1e-7, and one check allows 1e-9."""
+    from sklearn.utils.estimator_checks import check_estimator
+
+    from audiomaepp.embed import AudioMAEEmbedder
+
+    found = check_estimator(AudioMAEEmbedder(model_folder, device="cpu", batch_size=1), on_skip=None)
+    assert {check["check_name"] for check in found if check["status"] != "passed"} <= {"check_array_api_input"}
+    assert len(found) > 40
+
+
+def test_in_a_pipeline_and_a_grid_search(tmp_path, model_folder):
+    """The pooling is chosen like any other parameter; what is fitted can be pickled and goes on elsewhere."""
+    import joblib
+    from sklearn.base import clone
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from audiomaepp.embed import AudioMAEEmbedder
+
+    folder = sounds(tmp_path / "in", 24)
+    for path in folder.rglob("rain/*.wav"):  # a class that can be told: it is low
+        wave, rate = soundfile.read(path)
+        soundfile.write(path, np.convolve(wave, np.ones(8) / 8, "same"), rate)
+    paths = sorted(map(str, folder.rglob("*.wav")))
+    labels = ["rain" in path for path in paths]
+    embedder = AudioMAEEmbedder(model_folder, device="cpu")
+    pipeline = make_pipeline(embedder, StandardScaler(), LogisticRegression())
+    grid = {"audiomaeembedder__pooling_mode": ["cls", "frame"]}
+    search = GridSearchCV(pipeline, grid, cv=3, n_jobs=2).fit(paths, labels)
+    assert search.best_score_ > 0.9 and clone(embedder).get_params() == embedder.get_params()
+    joblib.dump(search.best_estimator_, tmp_path / "fitted.joblib")
+    assert list(joblib.load(tmp_path / "fitted.joblib").predict(paths)) == list(search.predict(paths))
+    waves = [soundfile.read(path, dtype="float32")[0] for path in paths[:3]]
+    by_array = AudioMAEEmbedder(model_folder, sample_rate=8000, device="cpu").fit_transform(waves)
+    np.testing.assert_allclose(by_array, embedder.fit_transform(paths[:3]), atol=1e-5)
