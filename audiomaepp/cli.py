@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataArgs', 'open_again', 'train_run', 'Evaluation', 'evaluate_run', 'draw_run', 'draw_reconstructions', 'Demo',
-           'Train', 'Evaluate', 'Map', 'Embed', 'Search', 'read_axis', 'read_axes', 'write_comparison', 'Lab', 'Doctor',
-           'parse', 'main']
+           'Train', 'Evaluate', 'Map', 'Embed', 'Search', 'Finetune', 'read_axis', 'read_axes', 'write_comparison',
+           'Lab', 'Doctor', 'parse', 'main']
 
 # %% ../nbs/40_cli.ipynb #bf971662
 import dataclasses
@@ -28,10 +28,11 @@ import torch
 import tyro
 
 from .audio import _import_torchaudio, build_frontend
-from .config import Config, _known, write_atomic
+from .config import PRESETS, Config, _known, write_atomic
 from .data import Recordings, augment, drop_unreadable, make_loader, open_recordings, split, synthesize
 from .embed import EmbeddingGenerator
-from .evaluate import Report, make_report
+from .evaluate import Report, chance, make_report, wilson_interval
+from .finetune import Classifier, finetune
 from audiomaepp.lab import (
     LOSSES,
     Comparison,
@@ -45,6 +46,7 @@ from audiomaepp.lab import (
     validation_rows,
 )
 from .model import AudioMAEPlusPlus
+from .pretrained import load_official
 from .search import SoundIndex
 from .train import History, Trainer, read_progress
 
@@ -402,6 +404,61 @@ class Search:
         if self.out:
             hits.table.to_csv(self.out, index=False)
 
+# %% ../nbs/40_cli.ipynb #70dbc002
+@dataclass
+class Finetune:
+    "Train a classifier on top of a pretrained model, and score it on held-out clips."
+
+    model: tyro.conf.Positional[str] # a run's folder, a released checkpoint, a Hub repository; or a preset's name
+    data: tyro.conf.OmitArgPrefixes[DataArgs] = field(default_factory=lambda: DataArgs(data=""))
+    out: str = "runs/finetuned" # the classifier's folder
+    epochs: int = 30 # passes over the training clips
+    batch_size: int = 32 # clips in a batch
+    base_lr: float = 4e-3 # learning rate of the head for 256 clips a step
+    layer_decay: float = 0.75 # rate of a block / rate of the block above it; 0 trains the head alone
+    mixup: float = 0.2 # α of Beta(α, α), from which mixup draws its shares; 0 is off
+    spec_time_mask: int | None = None # most frames that SpecAugment blanks; the model's own setting when left out
+    spec_freq_mask: int | None = None # most bands that SpecAugment blanks; the model's own setting when left out
+    seed: int = 0 # of everything random
+
+    def run(self):
+        model, out = self.load(), Path(self.out)
+        if (out / "checkpoint.safetensors").exists():
+            raise ValueError(f"{out} already holds a run; another --out would do")
+        if self.data.data:
+            train, test, protocol = self.data.open(model.cfg)
+        elif (Path(self.model) / "data.json").is_file():
+            train, test, protocol = open_again(Path(self.model), model.cfg, quiet=False)
+        else:
+            raise ValueError(f"{self.model} does not say what it was trained on; --data with a folder would do")
+        names = ("epochs", "batch_size", "base_lr", "spec_time_mask", "spec_freq_mask", "seed")
+        settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        settings["warmup_epochs"] = self.epochs / 10
+        fitted, held = _without_validation(train, self.seed)
+        print(protocol)
+        classifier, _ = finetune(model, fitted, held, out, self.layer_decay, self.mixup, **settings)
+        scores = self.score(classifier, train, test)
+        write_atomic(out / "results.json", json.dumps(dict(protocol=protocol, **scores), indent=2).encode() + b"\n")
+        low, high = wilson_interval(scores["accuracy"], scores["n_test"])
+        print(f"accuracy {scores['accuracy']:.3f} ({low:.2f}–{high:.2f}) on {scores['n_test']} held-out clips; "
+              f"chance {scores['chance']:.2f}\nThe classifier is in {out}.")
+
+    def load(self) -> AudioMAEPlusPlus:
+        "The model that is named."
+        if self.model in PRESETS:
+            cfg = Config.preset(self.model, seed=self.seed)
+            torch.manual_seed(self.seed)
+            return AudioMAEPlusPlus(cfg)
+        return load_official(self.model) if Path(self.model).is_file() else AudioMAEPlusPlus.from_pretrained(self.model)
+
+    @staticmethod
+    def score(classifier: Classifier, train: Recordings, test: Recordings) -> dict:
+        "Accuracy on the held-out clips, and what it would be by guessing."
+        test = test.select(test.labels >= 0)
+        truth = np.array([test.classes[i] for i in test.labels])
+        right = float(np.mean(np.array(classifier.predict(test)) == truth))
+        return dict(accuracy=right, n_test=len(test), chance=chance(train.labels, test.labels))
+
 # %% ../nbs/40_cli.ipynb #bb20198f
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -611,14 +668,14 @@ _CHECKS = {"torchaudio works": _check_torchaudio, "formats": _check_formats, "mo
 # %% ../nbs/40_cli.ipynb #ebc35a90
 def parse(
     argv: list[str], # what stands behind `audiomaepp`
-) -> Demo | Train | Evaluate | Map | Embed | Search | Lab | Doctor:
+) -> Demo | Train | Evaluate | Map | Embed | Search | Finetune | Lab | Doctor:
     "The command that the arguments ask for."
     found = re.search(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(argv))
     preset = found[1] if found else "nano"
     start = dict(config=Config.preset(preset), preset=preset)
     commands = {
         "demo": Demo(), "train": Train(**start), "evaluate": Evaluate, "map": Map, "embed": Embed, "search": Search,
-        "lab": Lab(**start), "doctor": Doctor(),
+        "finetune": Finetune, "lab": Lab(**start), "doctor": Doctor(),
     }
     kinds = []
     for name, command in commands.items():

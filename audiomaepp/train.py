@@ -204,7 +204,8 @@ class _Steps:
         if world > 1:  # each process its own masks, and the same ones after a resume
             torch.manual_seed((self.cfg.seed * 2**32 + self.step) * world + rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(self.step, self.total_steps, self.warmup_steps, self.peak_lr, self.cfg.min_lr)
+            rate = lr_at(self.step, self.total_steps, self.warmup_steps, self.peak_lr, self.cfg.min_lr)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         for i, batch in enumerate(batches):
             spec, labels, last = self._spec(batch), self._labels(batch), i == len(batches) - 1
             other = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
@@ -381,7 +382,7 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
     def __init__(
         self,
         cfg: Config, # every setting
-        model: AudioMAEPlusPlus | None = None, # drawn from cfg.seed when left out
+        model: nn.Module | None = None, # drawn from cfg.seed when left out; or any with its `forward` and `write`
         out_dir: str | os.PathLike | None = None, # the run's folder; nothing is written when left out
         transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrogram (B, C, time, mel)
         callback: Callable[[dict], None] | None = None, # gets each row of the history
@@ -394,7 +395,8 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
         self.device = self.accelerator.device
         torch.manual_seed(cfg.seed)
         model = (model or AudioMAEPlusPlus(cfg)).train()
-        optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas)
+        groups = getattr(model, "param_groups", partial(param_groups, model))(cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(self.device))

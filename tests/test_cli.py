@@ -17,6 +17,7 @@ import audiomaepp
 from audiomaepp import cli
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, synthesize
+from audiomaepp.finetune import Classifier
 from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, design
 from audiomaepp.train import Trainer
 
@@ -262,6 +263,43 @@ def test_held_out_clips_are_never_trained_on(tmp_path, monkeypatch):
     assert len(evaluation.test) == 12 and not touched & set(evaluation.test.paths)
 
 
+
+# ---- what a trained model is for
+
+
+def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys):
+    table = tmp_path / "x.parquet"
+    embed = ["embed", str(run), "--data", str(sounds), "--out", str(table)]
+    cli.main(embed)
+    first = table.stat().st_mtime_ns
+    cli.main(embed)
+    assert capsys.readouterr().out.count("40 recordings embedded") == 2 and table.stat().st_mtime_ns > first
+    clip = sorted(sounds.rglob("*.flac"))[0]
+    cli.main(["search", str(clip), "--in", str(table), "--k", "3", "--out", str(tmp_path / "hits.csv")])
+    found, printed = rows_of(tmp_path / "hits.csv"), capsys.readouterr().out
+    assert len(found) == 3 and str(clip) not in {row["path"] for row in found}
+    assert all(row["path"] in printed for row in found)
+    elsewhere = tmp_path / "elsewhere.flac"
+    elsewhere.write_bytes(clip.read_bytes())
+    assert "with model=…" in refused("search", elsewhere, "--in", table)
+    cli.main(["search", str(elsewhere), "--in", str(table), "--model", str(run), "--k", "1"])
+    assert str(clip) in capsys.readouterr().out  # the same sound under its other name
+    assert "is missing" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
+
+
+def test_finetune_scores_the_clips_that_the_run_held_out(run, sounds, tmp_path, capsys):
+    """Scored on clips that the pretraining saw, every classifier would look good."""
+    cli.main(["finetune", str(run), "--out", str(tmp_path / "tuned"), "--epochs", "1"])
+    results = json.loads((tmp_path / "tuned" / "results.json").read_text())
+    assert results["protocol"] == json.loads((run / "data.json").read_text())["protocol"]
+    assert results["n_test"] == 8 and 0 <= results["accuracy"] <= 1
+    assert f"accuracy {results['accuracy']:.3f}" in capsys.readouterr().out
+    again = Classifier.from_pretrained(tmp_path / "tuned")
+    assert again.classes == sorted(p.name for p in sounds.iterdir())
+    assert "already holds a run" in refused("finetune", run, "--out", tmp_path / "tuned")
+    assert "--data with a folder would do" in refused("finetune", "nano", "--out", tmp_path / "b")
+
+
 # ---- settings side by side
 
 
@@ -474,7 +512,7 @@ def test_a_collapse_is_said_in_plain_words(compare, tmp_path, monkeypatch, capsy
 
     from audiomaepp.model import AudioMAEPlusPlus
 
-    def constant(self, spec, mode=None):
+    def constant(self, spec, mode=None, frames=None):
         return torch.ones(len(spec), 32) + 1e-4 * spec.mean((1, 2, 3))[:, None]
 
     monkeypatch.setattr(AudioMAEPlusPlus, "get_embedding", constant)
