@@ -115,7 +115,7 @@ def mean_and_spread(runs):
 def show(source, rows):
     """Print one table."""
     print(f"\n{Path(source).name}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds)")
-    print(f"{'':28}{'kNN-10':>22}{'linear':>22}{'asked':>14}{'s/run':>7}")
+    print(f"{'':28}{'kNN-10':>26}{'linear':>26}{'asked':>14}{'s/run':>7}")
     for name, row in rows.items():
         cells = [f"{row[k]:.3f} ± {row[k + '_sd_parts']:.3f}"
                  + (f" (± {row[k + '_sd_seeds']:.3f})" if row[k + "_sd_seeds"] is not None else "")
@@ -123,7 +123,7 @@ def show(source, rows):
         bar = BARS.get(Path(source).name, {}).get(name)
         asked = f"{bar[0]:.2f} / {bar[1]:.2f}" if bar else ""
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-        print(f"{name:28}{cells[0]:>22}{cells[1]:>22}{asked:>14}{seconds:>7}")
+        print(f"{name:28}{cells[0]:>26}{cells[1]:>26}{asked:>14}{seconds:>7}")
 
 
 def main():
