@@ -189,7 +189,7 @@ def evaluate_run(
     run: str | os.PathLike, # a run's folder
     quiet: bool = False, # no progress
 ) -> Evaluation:
-    "Score a run on its held-out clips, beside the floor and chance; writes results.csv and results.json."
+    "Score a run on its held-out clips, beside the floor and chance; writes results.csv and .json and a model card."
     run = Path(run)
     generator = EmbeddingGenerator(run)
     train, test, protocol = open_again(run, generator.cfg, quiet)
@@ -200,6 +200,8 @@ def evaluate_run(
     report = make_report(train_x, train.labels, test_x, test.labels, tuple(floors), protocol)
     report.to_csv(run / "results.csv")
     report.to_json(run / "results.json")
+    scores = {name: {k: row[k] for k in ("knn", "linear") if k in row} for name, row in report.rows.items()}
+    generator.model.generate_model_card(f"{train.source}: {protocol}.", scores).save(run / "README.md")
     return Evaluation(report, train, test, test_x, floors[1], protocol)
 
 # %% ../nbs/40_cli.ipynb #a9860353
@@ -371,11 +373,13 @@ class Embed:
     out: str = "embeddings.parquet" # Parquet file: path, label, …, embedding
     pooling_mode: str | None = None # cls, mean, cls+mean or frame; the model's own when left out
     windows: bool = False # a row for each window of a recording, not one for the whole
+    hop_seconds: float | None = None # from one window to the next; a whole window when left out
     workers: int | None = None # threads that decode; one for each core when left out
 
     def run(self):
         how = dict(windows=self.windows, workers=self.workers)
-        table = EmbeddingGenerator(self.model).embed_folder(self.data, self.out, self.pooling_mode, **how)
+        generator = EmbeddingGenerator(self.model, hop_seconds=self.hop_seconds)
+        table = generator.embed_folder(self.data, self.out, self.pooling_mode, **how)
         skipped = table.attrs["skipped"]
         size = len(table["embedding"].iat[0]) if len(table) else 0
         of = f"{len(table)} windows of {table['path'].nunique()}" if self.windows else f"{len(table)}"

@@ -64,6 +64,7 @@ def _cut(
     clip: int, # number of the recording
     pieces: Iterable[Tensor], # its samples, (any,) each
     size: int, # samples of a window
+    hop: int, # samples from one window to the next, at most `size`
 ) -> Iterator[_Window]:
     "The windows of one recording; its last is padded."
     held, start = torch.zeros(0), 0
@@ -71,7 +72,7 @@ def _cut(
         held = torch.cat([held, piece]) if len(held) else piece
         while len(held) > size:  # what is left may be the last window, so it waits
             yield _Window(clip, start, held[:size], size, False)
-            held, start = held[size:], start + size
+            held, start = held[hop:], start + hop
     if len(held):
         yield _Window(clip, start, windows(held, size)[0][0], len(held), True)
 
@@ -79,12 +80,13 @@ def _cut(
 def _cut_all(
     recordings: Iterable[Iterable[Tensor]], # the pieces of each
     size: int, # samples of a window
+    hop: int, # samples from one window to the next
     failed: Callable[[int, AudioError], None], # gets the number of a recording that is no use, and why
 ) -> Iterator[_Window]:
     "The windows of many recordings; of one that fails on the way, the last never comes."
     for clip, pieces in enumerate(recordings):
         try:
-            yield from _cut(clip, pieces, size)
+            yield from _cut(clip, pieces, size, hop)
         except AudioError as error:
             failed(clip, error)
 
@@ -97,6 +99,7 @@ class _Windows:
         model_or_path: AudioMAEPlusPlus | str | os.PathLike, # a model, a folder with one, or a repository of the Hub
         device: str | torch.device | None = None, # a GPU if there is one, when left out
         batch_size: int = 32, # windows at a time
+        hop_seconds: float | None = None, # from one window to the next; a whole window, so no overlap, when left out
     ):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not isinstance(model_or_path, AudioMAEPlusPlus):
@@ -104,6 +107,11 @@ class _Windows:
         self.model = model_or_path.to(device)
         self.cfg, self.device, self.batch_size = self.model.cfg, torch.device(device), batch_size
         self.frontend = build_frontend(self.cfg).to(device).eval()
+        self.hop = self.cfg.clip_samples if hop_seconds is None else round(hop_seconds * self.cfg.sample_rate)
+        if not 0 < self.hop <= self.cfg.clip_samples:
+            window = self.cfg.clip_seconds
+            raise ValueError(f"hop_seconds={hop_seconds!r} is not above 0 and at most the {window:g} s of a window; "
+                             f"{window / 2:g} would let windows overlap by half")
 
     def embed_windows(
         self,
@@ -136,7 +144,7 @@ class _Windows:
         failed: Callable[[int, AudioError], None] | None = None, # gets who is no use, and why; else it is raised
     ) -> Iterator[tuple[int, np.ndarray]]: # number of the recording, (D,) float32
         "Embed a stream of recordings: the mean of each one's windows, by how much of them is sound."
-        cut = _cut_all(recordings, self.cfg.clip_samples, failed or _raise)
+        cut = _cut_all(recordings, self.cfg.clip_samples, self.hop, failed or _raise)
         for clip, [(_, _, vector)] in self._whole(cut, pooling_mode, windows=False):
             yield clip, vector
 
@@ -445,7 +453,7 @@ class EmbeddingGenerator(_Recordings):
         recordings = open_recordings(folder, self.cfg.sample_rate)
         pooling_mode, rows, saved = pooling_mode or self.cfg.pooling_mode, [], time.monotonic()
         kind = "windows" if windows else "recordings"
-        notes = {"model": fingerprint(self.model), "pooling_mode": pooling_mode, "rows": kind}
+        notes = {"model": fingerprint(self.model), "pooling_mode": pooling_mode, "rows": kind, "hop": str(self.hop)}
         store = _Store(out, notes, recordings.table) if out is not None else None
         states = [_state_of(path) for path in recordings.paths]
         todo = [i for i, state in enumerate(states) if store is None or store.done.get(state[0]) != state]
@@ -454,7 +462,7 @@ class EmbeddingGenerator(_Recordings):
         def failed(number: int, error: AudioError):
             skipped.append((recordings.paths[todo[number]], error.reason))
 
-        cut = _cut_all(decoded(recordings, todo, workers, quiet), self.cfg.clip_samples, failed)
+        cut = _cut_all(decoded(recordings, todo, workers, quiet), self.cfg.clip_samples, self.hop, failed)
         for number, found in self._whole(cut, pooling_mode, windows):
             i = todo[number]
             _, size, modified = states[i]

@@ -287,6 +287,14 @@ def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys):
     assert "is missing" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
 
 
+def test_an_evaluated_run_has_a_model_card(run):
+    """On the Hub, a model that does not say what it was trained on and how well it did is of no use."""
+    cli.main(["evaluate", str(run)])
+    card, results = (run / "README.md").read_text(), json.loads((run / "results.json").read_text())
+    assert results["protocol"] in card and f"| this model | {results['rows']['this model']['knn']:.3g} |" in card
+    assert "log-mel statistics" in card and "| `embed_dim` | `32` |" in card and card.startswith("---\n")
+
+
 def test_finetune_scores_the_clips_that_the_run_held_out(run, sounds, tmp_path, capsys):
     """Scored on clips that the pretraining saw, every classifier would look good."""
     cli.main(["finetune", str(run), "--out", str(tmp_path / "tuned"), "--epochs", "1"])

@@ -180,3 +180,24 @@ def test_released_sizes_need_no_words(name):
     again = load_official(weights)
     assert again.cfg == model.cfg
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_a_repository_of_the_hub(tmp_path, monkeypatch):
+    """The same folder under a repository's name; a name that leads nowhere says both things that it could have been."""
+    cfg = Config.preset("nano", depth=1)
+    model, asked = AudioMAEPlusPlus(cfg).eval(), []
+    model.save_pretrained(tmp_path / "there")
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options))
+        return str(tmp_path / "there" / filename)
+
+    monkeypatch.setattr("audiomaepp.model.hf_hub_download", download)
+    again = AudioMAEPlusPlus.from_pretrained("someone/sounds", revision="v2")
+    spec = torch.randn(2, 1, 200, 80)
+    with torch.no_grad():
+        assert torch.equal(again.get_embedding(spec), model.get_embedding(spec))
+    assert asked == [("someone/sounds", name, {"revision": "v2"}) for name in ("config.json", "model.safetensors")]
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="someone/sounds is no folder here, and as a repository of the Hub"):
+        AudioMAEPlusPlus.from_pretrained("someone/sounds", local_files_only=True, cache_dir=tmp_path / "cache")
