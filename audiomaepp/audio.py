@@ -372,6 +372,8 @@ def _pieces(sound, head: bytes, name: str, new: int, seconds: int) -> Iterator[t
         count, ended = count + wav.shape[1], wav.shape[1] < seconds * rate
         if ended and count < promised:
             raise AudioError(name, f"is cut off or damaged: {count} of {promised} samples can be decoded")
+        if ended and not count:
+            raise AudioError(name, "nothing can be decoded")
         if bad := int((~wav.isfinite()).sum()):
             raise AudioError(name, f"{bad} samples before second {count / rate:.0f} are NaN or infinite")
         held = torch.cat([held, wav], 1)

@@ -86,7 +86,12 @@ def _cut_all(
     "The windows of many recordings; of one that fails on the way, the last never comes."
     for clip, pieces in enumerate(recordings):
         try:
-            yield from _cut(clip, pieces, size, hop)
+            cut = _cut(clip, pieces, size, hop)
+            first = next(cut, None)
+            if first is None:
+                raise AudioError(f"recording {clip}", "holds no samples")
+            yield first
+            yield from cut
         except AudioError as error:
             failed(clip, error)
 
@@ -339,99 +344,126 @@ def write_parquet(
     write_atomic(path, sink.getvalue().to_pybytes())
 
 # %% ../nbs/20_embed.ipynb #70db8005
-_STATE = ["path", "size", "modified"]  # a recording with these is done
+_OWN = ("start", "end", "size", "modified", "embedding")  # columns that `embed_folder` adds
 
 
-def _state_of(path: str) -> tuple[str, int, int]:
-    "What says whether a file has changed: its bytes and the time of the last change, −1 where there is no file."
+def _state_of(
+    path: str,
+    wave: Tensor | None, # its samples where they are in memory
+) -> tuple[int, int]:
+    "What says whether a recording has changed: bytes and time of the last change; of samples, their number and a hash."
+    if wave is not None:
+        digest = hashlib.blake2b(np.ascontiguousarray(wave.numpy()).tobytes(), digest_size=7).digest()
+        return len(wave), int.from_bytes(digest, "big")
     try:
         stat = os.stat(path)
     except OSError:
-        return path, -1, -1
-    return path, stat.st_size, stat.st_mtime_ns
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _storable(table): # DataFrame → DataFrame
+    "A table whose columns Parquet can hold: what has no common type becomes text."
+    import pandas as pd
+    import pyarrow as pa
+
+    plain = table.reset_index(drop=True).copy()
+    plain.attrs = {}
+    for name in plain.columns:
+        column = plain[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            plain[name] = column = column.astype(object)
+        try:
+            empty = pa.types.is_null(pa.array(column, from_pandas=True).type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+            empty, plain[name] = False, column.map(lambda v: None if pd.isna(v) else str(v))
+        if empty:
+            plain[name] = pd.array([None] * len(plain), dtype="string")
+    return plain
 
 
 class _Store:
-    "A Parquet file that grows by parts and survives being killed."
+    "A Parquet file that grows by parts and survives being killed; one process at a time."
 
     def __init__(
         self,
         out: str | os.PathLike, # the file
         notes: dict[str, str], # by which model, how pooled, a row for what
-        table, # DataFrame of recordings, whose columns go into the file
+        states: dict[str, tuple[int, int]], # path → state, of all recordings that belong into it
     ):
         import pyarrow as pa
 
-        self.out, self.notes = Path(out), notes
-        more = [("start", pa.float64()), ("end", pa.float64()), ("size", pa.int64()), ("modified", pa.int64()),
-                ("embedding", pa.list_(pa.float32()))]
-        columns = pa.Schema.from_pandas(table, preserve_index=False)
-        own = [field for field in columns if field.name not in dict(more)]
-        self.schema = pa.schema([*own, *(pa.field(*f) for f in more)])
+        self.out, self.notes, self.states = Path(out), notes, states
         self.parts = self.out.with_name(self.out.name + ".parts")
-        self.done: dict[str, tuple] = {}  # path → its state when it was embedded
+        number, real = pa.int64(), pa.float64()
+        kinds = dict(path=pa.string(), start=real, end=real, size=number, modified=number)
+        self.schema = pa.schema([*kinds.items(), ("embedding", pa.list_(pa.float32()))])
+        self.done: dict[str, int] = {}  # path → the number of the source that has it as it is now
         self.sources: list[Path] = []
         for path in [self.out, *sorted(self.parts.glob("*.parquet"))]:
             if path.exists():
                 self._take(path)
 
     def _take(self, path: Path):
-        "Count what a file holds as done; raises `ValueError` if it was made otherwise."
+        "Count what a file holds as done; raises `ValueError` if it was made otherwise, or of other recordings."
         import pyarrow.parquet as pq
 
-        kept = pq.read_schema(path).metadata or {}
+        kept, others = pq.read_schema(path).metadata or {}, set()
         for name, value in self.notes.items():
             there = kept.get(f"audiomaepp.{name}".encode(), b"nothing of the kind").decode()
             if there != value:
                 raise ValueError(f"{path} was written with {name} {there}, not {value}; "
                                  "another file as out, or none there, would do")
+        for batch in pq.ParquetFile(path).iter_batches(columns=["path", "size", "modified"]):
+            for name, *state in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                if self.states.get(name) == tuple(state):
+                    self.done[name] = len(self.sources)
+                elif name not in self.states and os.path.exists(name):
+                    others.add(name)
+        if others:
+            raise ValueError(f"{path} holds {len(others)} recordings that are not among these, as {min(others)}; "
+                             "another file as out would do")
         self.sources.append(path)
-        for states in self._states(path):
-            self.done.update({state[0]: state for state in states})
 
-    @staticmethod
-    def _states(path: Path) -> Iterator[list[tuple]]:
-        "The state of the recording of each row, by batches."
-        import pyarrow.parquet as pq
-
-        for batch in pq.ParquetFile(path).iter_batches(columns=_STATE):
-            yield list(zip(*(batch.column(name).to_pylist() for name in _STATE), strict=True))
-
-    def add(self, table):
+    def add(self, rows: list[dict]):
         "Write some whole recordings."
-        number = int(self.sources[-1].name[:6]) + 1 if self.sources and self.sources[-1] != self.out else 0
-        path = self.parts / f"{number:06d}.parquet"
-        write_parquet(table, path, self.notes, self.schema)
+        import pandas as pd
+
+        last = self.sources[-1].stem if self.sources and self.sources[-1] != self.out else "-1"
+        path = self.parts / f"{int(last) + 1:06d}.parquet"
+        write_parquet(pd.DataFrame(rows), path, self.notes, self.schema)
+        self.done.update({row["path"]: len(self.sources) for row in rows})
         self.sources.append(path)
 
-    def finish(self):
+    def finish(
+        self,
+        table, # DataFrame of the recordings: its columns go into the file as they are now
+    ):
         "Make one file of all, without what has changed or is gone, and remove the parts."
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        owner = {path: (n, _state_of(path)) for n, source in enumerate(self.sources)
-                 for states in self._states(source) for path, *_ in states}  # the last that has it
-        notes = {f"audiomaepp.{k}": v for k, v in self.notes.items()}
+        plain, places = _storable(table), {}
+        for row, path in enumerate(table["path"]):
+            places.setdefault(path, []).append(row)
+        columns = pa.Schema.from_pandas(plain, preserve_index=False)
+        added = [self.schema.field(name) for name in _OWN]
+        schema = pa.schema([*columns, *added], {f"audiomaepp.{k}": v for k, v in self.notes.items()})
         whole = self.out.with_name(self.out.name + ".whole")
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(whole, self.schema.with_metadata(notes)) as writer:
-            for number, path in enumerate(self.sources):
-                for batch in pq.ParquetFile(path).iter_batches():
-                    states = zip(*(batch.column(name).to_pylist() for name in _STATE), strict=True)
-                    keep = pa.array([owner[s[0]] == (number, s) for s in states], pa.bool_())
-                    writer.write_table(self._in_schema(pa.Table.from_batches([batch]).filter(keep)))
+        with pq.ParquetWriter(whole, schema) as writer:
+            for number, source in enumerate(self.sources):
+                for batch in pq.ParquetFile(source).iter_batches(columns=self.schema.names):
+                    pairs = [(i, row) for i, path in enumerate(batch.column("path").to_pylist())
+                             if self.done.get(path) == number for row in places[path]]
+                    found = pa.Table.from_batches([batch]).select(self.schema.names).cast(self.schema)
+                    found = found.take([i for i, _ in pairs]) if pairs else found.slice(0, 0)
+                    own = pa.Table.from_pandas(plain.iloc[[row for _, row in pairs]], columns, preserve_index=False)
+                    writer.write_table(pa.table([*own.columns, *(found[f.name] for f in added)], schema=schema))
         with open(whole, "rb") as file:
             os.fsync(file.fileno())
         os.replace(whole, self.out)
         shutil.rmtree(self.parts, ignore_errors=True)
-
-    def _in_schema(self, table):
-        "A table with the columns of this run; those that it lacks are empty."
-        import pyarrow as pa
-
-        columns = [table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type)
-                   for f in self.schema]
-        return pa.table(columns, schema=self.schema)
 
 # %% ../nbs/20_embed.ipynb #70db8006
 class EmbeddingGenerator(_Recordings):
@@ -447,39 +479,56 @@ class EmbeddingGenerator(_Recordings):
         workers: int | None = None, # threads that decode; default: one for each core
         save_seconds: float = 60.0, # at most about this long between two parts of `out`
     ): # DataFrame: the recordings' columns, start and end (s), `embedding`; `.attrs["skipped"]` lists (path, reason)
-        "Embed a folder; a bad file is skipped and listed. Killed and called again with the same `out`, it goes on."
+        """Embed a folder; a bad file is skipped and listed. Killed and called again with the same `out`, it goes on.
+
+        Raises `ValueError` where `out` was made by another model, in another way or of other recordings.
+        """
         import pandas as pd
 
         recordings = open_recordings(folder, self.cfg.sample_rate)
-        pooling_mode, rows, saved = pooling_mode or self.cfg.pooling_mode, [], time.monotonic()
+        table, paths, pooling_mode = recordings.table, recordings.paths, pooling_mode or self.cfg.pooling_mode
+        if clash := [name for name in _OWN if name in table]:
+            raise ValueError(f"the recordings have a column {clash[0]!r}, which is added here; another name would do")
+        states = {path: _state_of(path, wave) for path, wave in zip(paths, recordings.waves, strict=True)}
         kind = "windows" if windows else "recordings"
         notes = {"model": fingerprint(self.model), "pooling_mode": pooling_mode, "rows": kind, "hop": str(self.hop)}
-        store = _Store(out, notes, recordings.table) if out is not None else None
-        states = [_state_of(path) for path in recordings.paths]
-        todo = [i for i, state in enumerate(states) if store is None or store.done.get(state[0]) != state]
-        skipped = Skipped(recordings.skipped)
+        store = _Store(out, notes, states) if out is not None else None
+        skipped, rows, saved = Skipped(recordings.skipped), [], time.monotonic()
+        named = {path: i for i, path in reversed(list(enumerate(paths))) if store is None or _is_utf8(path, skipped)}
+        todo = [i for path, i in sorted(named.items(), key=lambda item: item[1]) if not store or path not in store.done]
 
         def failed(number: int, error: AudioError):
-            skipped.append((recordings.paths[todo[number]], error.reason))
+            skipped.append((paths[todo[number]], error.reason))
 
         cut = _cut_all(decoded(recordings, todo, workers, quiet), self.cfg.clip_samples, self.hop, failed)
         for number, found in self._whole(cut, pooling_mode, windows):
-            i = todo[number]
-            _, size, modified = states[i]
-            own = recordings.table.iloc[i].to_dict()
-            rows += [{**own, "start": start, "end": end, "size": size, "modified": modified, "embedding": vector}
+            path = paths[todo[number]]
+            size, modified = states[path]
+            rows += [dict(path=path, start=start, end=end, size=size, modified=modified, embedding=vector)
                      for start, end, vector in found]
             if store is not None and time.monotonic() - saved > save_seconds:
-                store.add(pd.DataFrame(rows))
+                store.add(rows)
                 rows, saved = [], time.monotonic()
-        if store is not None:
+        if store is None:
+            columns = ["path", *_OWN]
+            result = table.merge(pd.DataFrame(rows, columns=columns), on="path", sort=False)
+        else:
             if rows:
-                store.add(pd.DataFrame(rows))
-            store.finish()
-        columns = dict.fromkeys([*recordings.table.columns, "start", "end", "size", "modified", "embedding"])
-        table = pd.DataFrame(rows, columns=list(columns)) if store is None else pd.read_parquet(out)
-        table.attrs["skipped"] = skipped
-        return table
+                store.add(rows)
+            store.finish(table[[path in named for path in paths]])
+            result = pd.read_parquet(out)
+        result.attrs["skipped"] = skipped
+        return result
+
+
+def _is_utf8(path: str, skipped: Skipped) -> bool:
+    "Whether Parquet can hold a file's name; if not, it is skipped."
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        skipped.append((path, "has a name that is no UTF-8, which Parquet cannot hold"))
+        return False
+    return True
 
 # %% ../nbs/20_embed.ipynb #70dbb002
 class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
@@ -529,10 +578,11 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
 
     def _generator(self) -> EmbeddingGenerator:
         "The generator, made when it is first needed and again when a parameter has changed."
-        key = (id(self.model), self.device, self.batch_size)
-        if getattr(self, "_made", (None, None))[0] != key:
-            self._made = key, EmbeddingGenerator(self.model, self.device, self.batch_size)
-        return self._made[1]
+        model, *how = getattr(self, "_made", (None, None, None, None))
+        if model is not self.model or how[:2] != [self.device, self.batch_size]:
+            generator = EmbeddingGenerator(self.model, self.device, self.batch_size)
+            self._made = self.model, self.device, self.batch_size, generator
+        return self._made[-1]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -125,14 +125,16 @@ class Classifier(nn.Module):
         recordings: Recordings | list, # of any length; or a list of what `extract_embedding` takes
     ) -> np.ndarray: # (n, classes)
         "The probability of each class for each recording. Raises `AudioError` for a file that is no use."
-        embed, head = EmbeddingGenerator(self.model, device=next(self.parameters()).device), self.head.eval()
+        embed, training = EmbeddingGenerator(self.model, device=next(self.parameters()).device), self.head.training
         audio = recordings
         if isinstance(recordings, Recordings):
             recordings = recordings.at_rate(self.model.cfg.sample_rate)
             audio = [recordings.paths[i] if w is None else w for i, w in enumerate(recordings.waves)]
         x = torch.from_numpy(embed.extract_embedding(list(audio))).to(embed.device)
         with torch.inference_mode():
-            return head(x).softmax(dim=1).cpu().numpy()
+            chances = self.head.eval()(x).softmax(dim=1).cpu().numpy()
+        self.head.train(training)
+        return chances
 
     def predict(
         self,
@@ -148,8 +150,8 @@ def _cross_entropy(logits: Tensor, known: Tensor) -> Tensor:
 
 # %% ../nbs/25_finetune.ipynb #25aa0014
 FINETUNING = dict(
-    use_contrastive_loss=False, use_uniformity_loss=False, views=1, epochs=30, warmup_epochs=3, batch_size=32,
-    base_lr=4e-3, weight_decay=0.05, betas=(0.9, 0.999),
+    use_contrastive_loss=False, use_uniformity_loss=False, views=1, mask_padding=False, epochs=30, warmup_epochs=3,
+    batch_size=32, base_lr=4e-3, weight_decay=0.05, betas=(0.9, 0.999),
 )
 
 
@@ -169,6 +171,7 @@ def finetune(
     if not (labels >= 0).any():
         raise ValueError(f"none of the {len(train)} training clips has a label; some labelled ones would do")
     cfg = model.cfg.replace(**FINETUNING | settings)
+    model.cfg = cfg  # in training padding counts as silence, so it does in use
     torch.manual_seed(cfg.seed)
     classifier = Classifier(model, train.classes, layer_decay, mixup)
     trainer = Trainer(cfg, classifier, out, augment(cfg, build_frontend(cfg)), callback, quiet)

@@ -6,6 +6,7 @@
 __all__ = ['read_weights', 'kind_of', 'Placement', 'load_official', 'Embedder', 'export_program', 'export_onnx']
 
 # %% ../nbs/30_pretrained.ipynb #30aa0004
+import copy
 import os
 import pickle
 import re
@@ -37,7 +38,7 @@ class _Note:
 
 _NOTES = re.compile(
     r"argparse\.Namespace|(ml_collections|omegaconf)\.[\w.]+|pathlib\.\w+|numpy\.[\w.]*(scalar|dtype)"
-    r"|(builtins|typing|collections)\.(bool|int|float|str|list|dict|tuple|set|type|Any|defaultdict)"
+    r"|(builtins|typing)\.(bool|int|float|str|list|dict|tuple|set|type|Any)"
 )
 
 # %% ../nbs/30_pretrained.ipynb #30aa0008
@@ -50,7 +51,7 @@ def _unpickled(path: Path) -> dict:
             with torch.serialization.safe_globals([(_Note, name) for name in wanted]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         reason = f"it asks for {', '.join(code)}"
-    except (ValueError, pickle.UnpicklingError) as error:  # the format before torch 1.6, or no checkpoint at all
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # of an old format, or none
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception:
@@ -286,4 +287,4 @@ def export_onnx(
 def _path(model: AudioMAEPlusPlus, pooling_mode: str | None) -> tuple[Embedder, Tensor]:
     "The embedding path on the CPU, in evaluation mode, and an example of what it takes."
     cfg = model.cfg
-    return Embedder(model, pooling_mode).cpu().eval(), torch.zeros(2, cfg.in_chans, *cfg.img_size)
+    return Embedder(copy.deepcopy(model), pooling_mode).cpu().eval(), torch.zeros(2, cfg.in_chans, *cfg.img_size)

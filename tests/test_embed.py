@@ -16,7 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from audiomaepp.audio import AudioError
 from audiomaepp.config import Config
+from audiomaepp.data import synthesize
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.model import AudioMAEPlusPlus
 
@@ -116,6 +118,68 @@ def test_windows_have_their_places(tmp_path):
     whole = generate.embed_folder(folder, quiet=True)
     mean = np.average(np.stack(table["embedding"][:3]), axis=0, weights=[0.5, 0.5, 0.3])
     np.testing.assert_allclose(mean, whole["embedding"][0], atol=1e-6)
+
+
+def test_what_holds_no_sound_is_said(tmp_path):
+    """It would vanish, and every label behind it would belong to another clip."""
+    soundfile.write(tmp_path / "whole.flac", 0.1 * np.random.default_rng(0).standard_normal(4000), 8000)
+    data = bytearray((tmp_path / "whole.flac").read_bytes())
+    data[21] &= 0xF0  # the header's count of samples: unknown
+    data[22:26] = bytes(4)
+    (tmp_path / "header.flac").write_bytes(bytes(data[:86]))
+    with pytest.raises(AudioError):
+        generator().extract_embedding([tmp_path / "header.flac", tmp_path / "whole.flac"])
+    table = generator().embed_folder(tmp_path, quiet=True)
+    assert len(table) == 1 and len(table.attrs["skipped"]) == 1
+
+
+def test_sounds_in_memory_are_told_apart_by_their_samples(tmp_path):
+    """Two made sets have the same names; the second would get the first one's vectors."""
+    made = [synthesize(n=1, classes=2, seed=seed) for seed in (0, 1)]
+    found = [generator().embed_folder(sounds, tmp_path / "x.parquet", quiet=True) for sounds in made]
+    right = [generator().embed_folder(sounds, quiet=True) for sounds in made]
+    for a, b in zip(found, right, strict=True):
+        np.testing.assert_allclose(np.stack(a["embedding"]), np.stack(b["embedding"]), atol=1e-6)
+    assert np.abs(np.stack(found[0]["embedding"]) - np.stack(found[1]["embedding"])).max() > 0.01
+
+
+def test_the_table_is_as_it_is_now(tmp_path):
+    """Corrected labels, a new column, a path with two labels: none is lost, and nothing is embedded again."""
+    folder, out, generate = sounds(tmp_path / "in", 3), tmp_path / "x.parquet", generator()
+    paths = sorted(map(str, folder.rglob("*.wav")))
+    pd.DataFrame({"path": paths, "label": ["dog", "cat", "rain"]}).to_csv(tmp_path / "a.csv", index=False)
+    generate.embed_folder(tmp_path / "a.csv", out, quiet=True)
+    late = pd.DataFrame({"path": [*paths, paths[0]], "label": ["dog", "dog", "rain", "bark"]})
+    late.assign(site=["a", "1", None, "2.5"]).to_csv(tmp_path / "b.csv", index=False)
+    generate._embed = lambda *a: pytest.fail("embedded again")
+    try:
+        table = generate.embed_folder(tmp_path / "b.csv", out, quiet=True)
+    finally:
+        del generate._embed
+    ours, given = (sorted(zip(t["path"], t["label"], strict=True)) for t in (table, late))
+    assert ours == given and sorted(table["site"].dropna()) == ["1", "2.5", "a"]
+    with pytest.raises(ValueError, match="2 recordings that are not among these"):
+        late[:1].to_csv(tmp_path / "c.csv", index=False)
+        generate.embed_folder(tmp_path / "c.csv", out, quiet=True)
+    with pytest.raises(ValueError, match="a column 'start', which is added here"):
+        late.assign(start=0.0).to_csv(tmp_path / "d.csv", index=False)
+        generate.embed_folder(tmp_path / "d.csv", quiet=True)
+
+
+def test_a_file_that_is_touched_meanwhile_stays(tmp_path):
+    """A tagger that runs at the same time would make recordings vanish without a word."""
+    folder, generate = sounds(tmp_path / "in", 3), generator()
+    plain = generate._embed
+
+    def touching(*args):
+        os.utime(folder / "dog" / "00000.wav", ns=(1, 1))
+        return plain(*args)
+
+    generate._embed = touching
+    try:
+        assert len(generate.embed_folder(folder, tmp_path / "x.parquet", quiet=True)) == 3
+    finally:
+        del generate._embed
 
 
 WORK = """
