@@ -54,8 +54,9 @@ def _unpickled(path: Path) -> dict:
     except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # of an old format, or none
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
-            reason = str(error).split(". ")[0].replace("\n", " ")
+        except Exception as refusal:
+            asked = re.search(r"GLOBAL (\S+)", str(refusal))
+            reason = f"it asks for {asked[1]}" if asked else str(error).split(". ")[0].replace("\n", " ")
     raise ValueError(
         f"{path} cannot be opened without running what is in it ({reason}), so it stays closed; if you trust it, write "
         "its weights to a file without code: "
