@@ -58,9 +58,8 @@ def _unpickled(path: Path) -> dict:
             asked = re.search(r"GLOBAL (\S+)", str(refusal))
             reason = f"it asks for {asked[1]}" if asked else str(error).split(". ")[0].replace("\n", " ")
     raise ValueError(
-        f"{path} cannot be opened without running what is in it ({reason}), so it stays closed; if you trust it, write "
-        "its weights to a file without code: "
-        "safetensors.torch.save_file(torch.load(path, weights_only=False)['model'], 'weights.safetensors')"
+        f"{path} cannot be opened without running what is in it ({reason}), so it stays closed; a file of the weights "
+        "alone, which whoever made it can write with safetensors or torch.save(model.state_dict(), path), would do"
     )
 
 # %% ../nbs/30_pretrained.ipynb #30aa0009
