@@ -28,10 +28,11 @@ import torch
 import tyro
 
 from .audio import _import_torchaudio, build_frontend
-from .config import PRESETS, Config, _known, write_atomic
+from .config import PRESETS, Config, _known
 from .data import Recordings, augment, drop_unreadable, make_loader, open_recordings, split, synthesize
 from .embed import EmbeddingGenerator
 from .evaluate import Report, chance, make_report, wilson_interval
+from .files import write_atomic
 from .finetune import Classifier, finetune
 from audiomaepp.lab import (
     LOSSES,

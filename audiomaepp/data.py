@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, probe, resample
-from .config import Config, write_atomic
+from .config import Config
+from .files import write_atomic
 
 # %% ../nbs/11_data.ipynb #565f3b09
 def _printable(name: str) -> str:

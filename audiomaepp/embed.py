@@ -25,8 +25,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from .audio import AudioError, build_frontend, load_audio, resample, stream_audio, windows
-from .config import Config, write_atomic
+from .config import Config
 from .data import Recordings, Skipped, open_recordings
+from .files import write_atomic
 from .model import AudioMAEPlusPlus, cpu_state
 from .pooling import frame_embeddings
 

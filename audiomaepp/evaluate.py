@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .config import write_atomic
+from .files import write_atomic
 from .losses import alignment, rankme, uniformity_loss
 
 # %% ../nbs/21_evaluate.ipynb #009f647c

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .audio import build_frontend
-from .config import write_atomic
 from .data import Recordings, augment, make_loader
 from .embed import EmbeddingGenerator
+from .files import write_atomic
 from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state
 from .pooling import extract_embeddings
 from .train import History, Trainer, param_groups

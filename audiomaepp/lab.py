@@ -32,10 +32,11 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .audio import LogMel, build_frontend
-from .config import POOLING_MODES, Config, write_atomic
+from .config import POOLING_MODES, Config
 from .data import Recordings, Skipped, augment, drop_unreadable, make_loader, open_recordings, split
 from .embed import EmbeddingGenerator, write_parquet
 from .evaluate import chance, evaluate_embeddings, knn_accuracy, knn_predict, logmel_statistics
+from .files import write_atomic
 from .losses import alignment, rankme, uniformity_loss
 from .model import AudioMAEPlusPlus
 from .train import History, Trainer, collapse_warning

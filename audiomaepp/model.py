@@ -20,7 +20,8 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
-from .config import Config, write_atomic
+from .config import Config
+from .files import write_atomic
 from audiomaepp.losses import (
     cosine_uniformity_loss,
     gather_with_grad,

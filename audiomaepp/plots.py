@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from .config import write_atomic
 from .evaluate import standardise
+from .files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

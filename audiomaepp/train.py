@@ -28,7 +28,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import Config, write_atomic
+from .config import Config
+from .files import write_atomic
 from .losses import rankme, uniformity_loss
 from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state
 

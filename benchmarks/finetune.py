@@ -15,10 +15,10 @@ import torch
 from quality import column_of, config_of, opened
 from trial import trained
 
-from audiomaepp.config import write_atomic
 from audiomaepp.data import drop_unreadable, split
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.evaluate import chance, linear_probe
+from audiomaepp.files import write_atomic
 from audiomaepp.finetune import accuracy, finetune
 from audiomaepp.model import AudioMAEPlusPlus
 

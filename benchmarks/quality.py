@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from audiomaepp.audio import LogMel
-from audiomaepp.config import Config, write_atomic
+from audiomaepp.config import Config
 from audiomaepp.data import drop_unreadable, open_recordings, split, synthesize
 from audiomaepp.evaluate import average_scores, chance, evaluate_embeddings
+from audiomaepp.files import write_atomic
 from audiomaepp.lab import compare_losses, floor_features
 
 WORDS = dict(label_from=r"^(\d)_", group_from=r"_([a-z]+)_")  # 7_theo_12.flac

@@ -19,10 +19,11 @@ import torch
 from quality import MODES, column_of, config_of, opened
 
 from audiomaepp.audio import build_frontend
-from audiomaepp.config import Config, write_atomic
+from audiomaepp.config import Config
 from audiomaepp.data import augment, drop_unreadable, make_loader
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.evaluate import evaluate_embeddings
+from audiomaepp.files import write_atomic
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.train import Trainer
 
