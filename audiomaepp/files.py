@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'OutputError', 'make_folder', 'replacing', 'write_atomic', 'sweep', 'only_writer', 'made_by', 'claim',
-           'remove_claimed']
+           'remove_claimed', 'Stopped', 'Stop', 'stopping']
 
 # %% ../nbs/files.ipynb #f11e0004
 import errno
@@ -13,8 +13,10 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -208,3 +210,55 @@ def remove_claimed(
     for path in sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
+
+# %% ../nbs/files.ipynb #f11e0016
+class Stopped(KeyboardInterrupt):
+    "Work that a signal ended after everything was saved."
+
+    def __init__(
+        self,
+        signum: int, # number of the signal
+    ):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Stop:
+    "The signal that asks a loop to stop."
+
+    def __init__(self):
+        self._signum, self._read = 0, False
+
+    @property
+    def signum(self) -> int: # 0 until there is one
+        "The number of the signal."
+        self._read = self._signum != 0
+        return self._signum
+
+    def __call__(self, signum: int, frame):
+        "Take note of a signal; raise `KeyboardInterrupt` at a second Ctrl-C."
+        if self._signum and signum == signal.SIGINT and "WORLD_SIZE" not in os.environ:  # torchrun sends it again
+            raise KeyboardInterrupt
+        self._signum = self._signum or signum
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Let a loop end in order: the first signal sets `signum`, which the loop reads; a second Ctrl-C interrupts it.
+
+    Handlers that the program has set stay, and signals that are ignored (nohup) stay ignored. A signal that comes after
+    the loop has read `signum` for the last time takes effect when the block ends. In a thread nothing is changed.
+    """
+    stop, before = Stop(), {}
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has the first two
+    for signum in known if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
+            before[signum] = signal.signal(signum, stop)
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if stop._signum and not stop._read:
+        signal.raise_signal(stop._signum)
