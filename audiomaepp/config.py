@@ -239,20 +239,25 @@ class _Training:
     betas: tuple[float, float] = (0.9, 0.95) # AdamW's running averages
     warmup_epochs: float = 10.0 # epochs of linear warm-up
     grad_clip: float = 1.0 # largest gradient norm; 0 switches clipping off
+    max_bad_steps: int = 10 # steps in a row with a loss or gradients that are not finite, after which training stops
     precision: Literal["auto", "fp32", "bf16"] = "auto" # auto is bf16 where the hardware has it, else fp32
     num_workers: int = 0 # processes that load audio
+    loader_timeout: int = 600 # seconds to wait for a batch of these processes before training stops; 0 is no limit
+    max_unreadable: float = 0.05 # share of training clips that may become unreadable before training stops
+    keep_checkpoints: int = 2 # newest checkpoints that stay in the run's folder
     eval_every: int = 5 # epochs between evaluations on held-out clips; 0 evaluates at the end only
     eval_steps: int = 0 # steps between further evaluations within an epoch, where epochs are long; 0 is none
     seed: int = 0 # of everything random
 
     def _check(self):
-        for field in ("epochs", "batch_size", "accum_steps"):
+        for field in ("epochs", "batch_size", "accum_steps", "max_bad_steps", "keep_checkpoints"):
             _need_int(field, getattr(self, field))
-        for field in ("num_workers", "eval_every", "eval_steps", "seed"):
+        for field in ("num_workers", "loader_timeout", "eval_every", "eval_steps", "seed"):
             _need_int(field, getattr(self, field), least=0)
         for field in ("base_lr", "min_lr", "weight_decay", "warmup_epochs", "grad_clip"):
             usual = getattr(_Training, field)
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual:g} is usual", field == "base_lr", True)
+        _need_float("max_unreadable", self.max_unreadable, 0, 1, "use 0.05 for one clip in twenty, 0 for none")
         pair = tuple(self.betas) if isinstance(self.betas, tuple | list) else ()
         if len(pair) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in pair):
             raise _bad("betas", self.betas, "is not a pair of numbers in [0, 1)", "(0.9, 0.95) is usual")

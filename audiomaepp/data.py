@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN_NAMES', 'TEST_NAMES', 'SOUNDS', 'Skipped', 'Recordings', 'open_recordings', 'synthesize', 'split',
-           'drop_unreadable', 'ClipLoader', 'make_loader', 'Augment', 'augment']
+           'drop_unreadable', 'UnreadableError', 'ClipLoader', 'make_loader', 'Augment', 'augment']
 
 # %% ../nbs/11_data.ipynb #5ff27823
 import csv
@@ -13,6 +13,7 @@ import io
 import math
 import os
 import re
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -666,12 +667,40 @@ def _plan(
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < size else batches
 
 # %% ../nbs/11_data.ipynb #658cdbf8
+class UnreadableError(ValueError):
+    "Training clips that cannot be read any more, too many to go on without them."
+
+
+_TRIES = 100 # clips that are tried for one that stands in for a whole batch
+
+
 class _Clips(Dataset):
     "Clips of one size, by key."
 
-    def __init__(self, recordings: Recordings, size: int, seed: int, random: bool):
+    def __init__(self, recordings: Recordings, size: int, seed: int, random: bool, stand_in: bool):
         self.recordings, self.size, self.seed, self.random = recordings, size, seed, random
-        self.labels = recordings.labels
+        self.labels, self.stand_in = recordings.labels, stand_in
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]): # list of clips; (row, reason) of what cannot be read
+        "The clips of a batch; in training, others stand in for what cannot be read: of its class, or any."
+        clips = [self[key] for key in keys]
+        good, failed = [c for c in clips if c[0] is not None], [(c[2], c[3]) for c in clips if c[0] is None]
+        if not self.stand_in:
+            return good, failed
+        if not good:
+            good = self._next_readable(*keys[-1], failed)
+        stand_ins = [c if c[0] is not None else next((g for g in good if g[1] == c[1]), good[0]) for c in clips if good]
+        return stand_ins, failed
+
+    def _next_readable(self, epoch: int, row: int, before: int, failed: list) -> list[tuple]: # one, or none
+        "The next clip in the table that can be read, for a batch that has none."
+        n = len(self.recordings)
+        for step in range(1, min(n, _TRIES)):
+            clip = self[epoch, (row + step) % n, before]
+            if clip[0] is not None:
+                return [clip]
+            failed.append((clip[2], clip[3]))
+        return []
 
     def __getitem__(self, key: tuple[int, int, int]): # (samples,) or None; label; row; reason or None
         epoch, row, before = key
@@ -689,17 +718,12 @@ class _Clips(Dataset):
 
 # %% ../nbs/11_data.ipynb #43d00599
 def _collate(
-    clips: list[tuple], # what `_Clips` gives
+    found: tuple[list[tuple], list[tuple[int, str]]], # what `_Clips` gives for a batch
     size: int, # samples in a clip
-    stand_in: bool, # whether the batch must stay as large as it is
 ) -> dict:
     "One batch; under \"failed\", (row, reason) of what could not be read."
-    good = [clip for clip in clips if clip[0] is not None]
-    failed = [(row, reason) for wave, _, row, reason in clips if wave is None]
-    if stand_in:
-        spare = good or [(torch.zeros(size), -1, clips[0][2], None)]
-        good = [c if c[0] is not None else next((g for g in spare if g[1] == c[1]), spare[0]) for c in clips]
-    waves, labels, rows, _ = zip(*good, strict=True) if good else ((), (), (), ())
+    clips, failed = found
+    waves, labels, rows, _ = zip(*clips, strict=True) if clips else ((), (), (), ())
     wav = torch.stack(waves) if waves else torch.zeros(0, size)
     labels, rows = (torch.tensor(numbers, dtype=torch.int64) for numbers in (labels, rows))
     return {"wav": wav, "label": labels, "index": rows, "failed": failed}
@@ -744,14 +768,17 @@ class ClipLoader:
             raise ValueError("there are no recordings to load; at least one would do")
         seed = cfg.seed if seed is None else seed
         self.recordings = recordings = recordings.at_rate(cfg.sample_rate)
+        self.lost, n = set(), len(recordings)
+        self.max_lost = max(1, int(cfg.max_unreadable * n)) if train else n
         labels, workers = recordings.labels, 0 if recordings.in_memory else cfg.num_workers
         pairs = cfg.use_contrastive_loss and cfg.use_labels if pairs is None else pairs
         balanced = pairs and bool((labels >= 0).any())
         self.schedule = _Schedule(labels, cfg.batch_size, seed, train, balanced)
         self._batches = DataLoader(
-            _Clips(recordings, cfg.clip_samples, seed, random=train and cfg.random_crop),
+            _Clips(recordings, cfg.clip_samples, seed, random=train and cfg.random_crop, stand_in=train),
             batch_sampler=self.schedule, num_workers=workers, persistent_workers=workers > 0,
-            collate_fn=partial(_collate, size=cfg.clip_samples, stand_in=train), pin_memory=torch.cuda.is_available(),
+            timeout=cfg.loader_timeout if workers else 0, worker_init_fn=_leave_signals_to_the_trainer,
+            collate_fn=partial(_collate, size=cfg.clip_samples), pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(), # its own, or it would draw from torch's
         )
 
@@ -775,11 +802,40 @@ class ClipLoader:
     def __iter__(self) -> Iterator[dict]:
         for batch in self._batches:
             for row, reason in batch.pop("failed"):
-                pair = (self.recordings.paths[row], reason)
-                if pair not in self.recordings.skipped:
-                    self.recordings.skipped.append(pair)
+                if row not in self.lost:
+                    self.lost.add(row)
+                    self.skipped.append((self.recordings.paths[row], reason))
+            if len(self.lost) > self.max_lost or (self.schedule.train and not len(batch["index"])):
+                raise UnreadableError(self._loss())
             if len(batch["index"]):
                 yield batch
+
+    @property
+    def skipped(self) -> Skipped:
+        "The (path, reason) of each clip that was left out, before or during training."
+        return self.recordings.skipped
+
+    def names(
+        self,
+        batch: dict, # that this loader gave
+    ) -> list[str]: # (B,)
+        "The paths of a batch's clips."
+        return [self.recordings.paths[row] for row in batch["index"].tolist()]
+
+    def _loss(self) -> str:
+        "How many clips were lost, which, and what to do."
+        n, some = len(self.recordings), [f"  {path}: {reason}" for path, reason in self.skipped[-len(self.lost):][:5]]
+        more = [f"  … and {len(self.lost) - 5} more, all in skipped.csv"] if len(self.lost) > 5 else []
+        head = (f"{len(self.lost)} of {n} training clips cannot be read any more; at most {self.max_lost} may be lost "
+                "(max_unreadable): bring them back and resume, or start again without them")
+        return "\n".join([head, *some, *more])
+
+
+def _leave_signals_to_the_trainer(worker: int):
+    "Let Ctrl-C in a terminal, which goes to every process, reach the training alone."
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 # %% ../nbs/11_data.ipynb #a932238d
 def make_loader(

@@ -218,8 +218,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(
         self,
         signum: int, # number of the signal
+        message: str = "", # what was stopped and what is saved
     ):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'rope_angles', 'rotate', 'mask_noise', 'split_by_noise',
            'ids_of_mask', 'SwiGLU', 'mlp', 'Attention', 'attend', 'MacaronBlock', 'PlainBlock', 'AudioMAEOutput',
-           'Encoder', 'take', 'Decoder', 'cpu_state', 'AudioMAEPlusPlus']
+           'Encoder', 'take', 'Decoder', 'cpu_state', 'need_finite', 'AudioMAEPlusPlus']
 
 # %% ../nbs/02_model.ipynb #3b4b2d39
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
 from .config import Config
-from .files import write_atomic
+from .files import make_folder, write_atomic
 from audiomaepp.losses import (
     cosine_uniformity_loss,
     gather_with_grad,
@@ -410,8 +411,9 @@ class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "mask
         folder: str | os.PathLike, # made if it isn't there
     ):
         "Write weights and config, each in one move; `save_pretrained` adds a model card, `push_to_hub` uploads all."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(folder) / "model.safetensors", safetensors.torch.save(cpu_state(self)))
+        path, weights = make_folder(folder) / "model.safetensors", cpu_state(self)
+        need_finite(weights, path)
+        write_atomic(path, safetensors.torch.save(weights))
         self.cfg.save(Path(folder) / "config.json")
 
     def _save_pretrained(self, save_directory: Path):
@@ -465,6 +467,18 @@ def _found(model_id: str | Path, name: str, options: dict) -> Path:
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:
     "A module's state dict, ready for safetensors."
     return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def need_finite(
+    tensors: Mapping[str, Tensor], # by name
+    path: str | os.PathLike, # file that they are to be written to
+):
+    "Raise `FloatingPointError` where a tensor holds NaN or infinity."
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise FloatingPointError(f"{path} is not written: {bad[0]}{more} must be finite, got NaN or infinity; what was "
+                                 "saved before is unchanged, and a lower base_lr or precision='fp32' may help")
 
 # %% ../nbs/02_model.ipynb #70db5001
 def _card_text(model: nn.Module, data: str, scores: dict[str, dict[str, float]]) -> str:

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'param_groups', 'History', 'collapse_warning', 'save_checkpoint', 'read_progress', 'load_checkpoint',
-           'has_bf16', 'Trainer']
+           'Checkpoints', 'LoaderError', 'loader_error', 'has_bf16', 'Trainer']
 
 # %% ../nbs/04_train.ipynb #7fa308a8
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -23,15 +25,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config
-from .files import write_atomic
+from .files import OutputError, Stopped, only_writer, stopping, sweep, write_atomic
 from .losses import rankme, uniformity_loss
-from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state
+from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state, need_finite
 
 # %% ../nbs/04_train.ipynb #84659884
 def lr_at(
@@ -143,11 +146,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer, # AdamW, with its running averages
     progress: dict, # JSON: config, position, history
 ):
-    "Write weights, optimiser and random state to one file, atomically."
+    "Write weights, optimizer and random state to one file, atomically; raises `FloatingPointError` on NaN or infinity."
     tensors = {f"model.{k}": v for k, v in cpu_state(model).items()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    need_finite(tensors, path)
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -173,10 +177,90 @@ def load_checkpoint(
     for name, p in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := tensors.get(f"{key}.{name}")) is not None:  # AdamW keeps its step count on the CPU
-                optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+                optimizer.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)  # frees the file
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+# %% ../nbs/04_train.ipynb #c4ec0002
+class Checkpoints:
+    "The checkpoints in a run's folder: the newest, and the ones before it."
+
+    def __init__(
+        self,
+        folder: str | os.PathLike, # the run's folder
+        keep: int = 2, # number of checkpoints that stay
+    ):
+        self.folder, self.keep = Path(folder), keep
+        self.newest = self.folder / "checkpoint.safetensors"
+
+    def earlier(self) -> list[Path]: # oldest first
+        "Checkpoints before the newest."
+        return sorted(self.folder.glob("checkpoint-*.safetensors"))
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: dict, # JSON: config, position, history
+    ):
+        "Write the newest checkpoint; the one that was newest is kept as an earlier one, the oldest are removed."
+        self._set_aside()
+        try:
+            save_checkpoint(self.newest, model, optimizer, progress)
+        except OutputError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.earlier():
+                raise
+            for path in self.earlier():
+                path.unlink()
+            save_checkpoint(self.newest, model, optimizer, progress)
+        for path in self.earlier()[: max(0, len(self.earlier()) - self.keep + 1)]:
+            path.unlink()
+
+    def _set_aside(self):
+        "Give the newest checkpoint a second name; it keeps the first until the next one takes it."
+        if self.keep < 2 or not self.newest.exists():
+            return
+        with contextlib.suppress(ValueError, SafetensorError, OSError):  # it is damaged, or the disk has no links
+            aside = self.folder / f"checkpoint-{read_progress(self.newest)['step']:08d}.safetensors"
+            if not aside.exists():
+                os.link(self.newest, aside)
+
+    def load(
+        self,
+        model: nn.Module, # gets the weights
+        optimizer: torch.optim.Optimizer, # gets the running averages
+    ):
+        "Load the newest checkpoint."
+        load_checkpoint(self.newest, model, optimizer)
+
+    def read(self) -> dict:
+        "The JSON part of the newest checkpoint; an error names the earlier ones."
+        try:
+            return read_progress(self.newest)
+        except (ValueError, SafetensorError) as error:
+            others = ", ".join(path.name for path in self.earlier())
+            raise ValueError(f"{error}" + f"; to resume from an earlier one, rename it to {self.newest.name}: {others}"
+                             * bool(others)) from error
+
+# %% ../nbs/04_train.ipynb #c4ec0004
+class LoaderError(RuntimeError):
+    "A process that loads data was killed or hangs."
+
+
+def loader_error(
+    error: Exception, # what a DataLoader raised
+) -> Exception: # a `LoaderError` where a process failed, else the error itself
+    "What a failing loader process means, and what to do."
+    text = str(error)
+    if "DataLoader timed out" in text:
+        return LoaderError(f"no batch came from the loader processes ({text.strip('. ')}): the disk or network that "
+                           "holds the recordings may hang; raise loader_timeout or use num_workers=0")
+    if "DataLoader worker" in text:
+        reason = text.split(". It is possible")[0].strip(". ")
+        return LoaderError(f"a loader process ended ({reason}): often the memory ran out; "
+                           "use a smaller num_workers or batch_size")
+    return error
 
 # %% ../nbs/04_train.ipynb #34340af4
 class _Steps:
@@ -207,6 +291,7 @@ class _Steps:
         for group in self.optimizer.param_groups:
             rate = lr_at(self.step, self.total_steps, self.warmup_steps, self.peak_lr, self.cfg.min_lr)
             group["lr"] = rate * group.get("lr_scale", 1.0)
+        outs = []
         for i, batch in enumerate(batches):
             spec, labels, last = self._spec(batch), self._labels(batch), i == len(batches) - 1
             other = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
@@ -214,12 +299,24 @@ class _Steps:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     out = self.model(spec, labels, other=other)
                 self.accelerator.backward(out.loss / len(batches))
-            self.meter.add(out, len(spec))
-        self.meter.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
-        self.optimizer.step()
+            outs.append((out, len(spec)))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        if self._all_finite(norm, *(out.loss.detach() for out, _ in outs)):
+            self.optimizer.step()
+            self.meter.add(outs, norm)
+            self.in_a_row = 0
+        else:
+            self._bad_step(batches)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return out
+
+    def _all_finite(self, *values: Tensor) -> bool:
+        "Whether every process has finite values."
+        finite = torch.stack([value.isfinite() for value in values]).all()
+        if self.accelerator.num_processes > 1:
+            return bool(self.accelerator.reduce(finite.float(), "sum").item() == self.accelerator.num_processes)
+        return bool(finite)
 
 # %% ../nbs/04_train.ipynb #c3bede79
 def has_bf16(device: torch.device) -> bool:
@@ -237,15 +334,19 @@ class _Meter:
     def __init__(self):
         self.sums, self.batches, self.clips, self.grad_norm, self.start = {}, 0, 0, 0.0, time.perf_counter()
 
-    def add(self, out: AudioMAEOutput, clips: int):
-        "Count one batch."
-        for name, value in {"loss": out.loss, **out.losses}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.batches, self.clips = self.batches + 1, self.clips + clips
+    def add(self, outs: list[tuple[AudioMAEOutput, int]], grad_norm: Tensor):
+        "Count one step: its batches with their numbers of clips, and its gradient norm."
+        for out, clips in outs:
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.batches, self.clips = self.batches + 1, self.clips + clips
+        self.grad_norm = grad_norm
 
     def row(self) -> dict:
-        "Means since the last row, rounded for the reader."
-        means = {name: round(float(total) / max(1, self.batches), 5) for name, total in self.sums.items()}
+        "Means since the last row, rounded for the reader; steps that were skipped are left out."
+        if not self.batches:
+            return {}
+        means = {name: round(float(total) / self.batches, 5) for name, total in self.sums.items()}
         speed = self.clips / (time.perf_counter() - self.start)
         return {**means, "grad_norm": round(float(self.grad_norm), 4), "clips_per_s": round(speed, 1)}
 
@@ -260,22 +361,42 @@ def _score(scores: dict, best_by: str) -> float:
 class _Records:
     "What a run writes down: rows, checkpoints, the best weights."
 
-    def _log(self, out: AudioMAEOutput, score: Callable[[], dict] = dict):
+    def _log(self, out: AudioMAEOutput | None, score: Callable[[], dict] = dict):
         "Add a row to the history, show it, and warn if something is wrong."
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"epoch": self.epoch, "step": self.step, "lr": float(f"{lr:.4g}"), **self.meter.row()}
-        if not math.isfinite(row["loss"]):
-            remedy = f"base_lr below {self.cfg.base_lr:g} or precision='fp32' may help"
-            raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}; {remedy}; what was saved is safe")
         scores = {k: round(float(v), 5) for k, v in score().items()}
         row |= scores
         self.history.rows.append(row)
         self.meter = _Meter()
-        word = collapse_warning(out.embeddings) if self.step > self.warmup_steps else ""
+        word = collapse_warning(out.embeddings) if out and not self.in_a_row and self.step > self.warmup_steps else ""
         if word and word[:40] not in self.said:
             self.said.add(word[:40])
             warnings.warn(f"step {self.step}: {word}", stacklevel=2)
         self._show(row, scores)
+
+    def _bad_step(self, batches: list[dict]):
+        "Note and tell a step that is skipped; raise `FloatingPointError` after too many in a row."
+        names = getattr(self.train, "names", lambda batch: [])
+        clips = list(itertools.chain(*self._from_all([name for batch in batches for name in names(batch)])))
+        self.bad_steps.append({"step": self.step + 1, "clips": clips})
+        self.in_a_row += 1
+        among = f"; its clips: {', '.join(clips[:8])}{', …' * (len(clips) > 8)}" * bool(clips)
+        what = f"the loss or its gradients are not finite at step {self.step + 1}"
+        warnings.warn(f"{what}, which is skipped{among}", stacklevel=2)
+        if self.in_a_row >= self.cfg.max_bad_steps:
+            saved = f"the checkpoint of step {self.saved_step} is unchanged" if self.saved_step else "nothing was saved"
+            raise FloatingPointError(
+                f"{what}, for the {self.in_a_row}th time in a row (max_bad_steps={self.cfg.max_bad_steps}{among}); "
+                f"{saved}; use base_lr below {self.cfg.base_lr:g} or precision='fp32', and look at these clips")
+
+    def _from_all(self, value) -> list:
+        "The value that each process has, in order of rank."
+        if self.accelerator.num_processes == 1:
+            return [value]
+        values = [None] * self.accelerator.num_processes
+        dist.all_gather_object(values, value)
+        return values
 
     def _show(self, row: dict, scores: dict):
         "A live table in Jupyter, plain lines in a terminal."
@@ -306,16 +427,48 @@ class _Records:
 class _Resumable:
     "Stopping and going on."
 
+    def _begin(self):
+        "Make the run's folder ready: no leftovers of killed processes, a history as the checkpoint has it."
+        if not self.out_dir or not self.accelerator.is_main_process:
+            return
+        if self.saved_step is None and self.checkpoints.newest.exists():
+            raise ValueError(f"{self.out_dir} already holds a run; use Trainer.resume, or choose another out_dir")
+        sweep(self.out_dir)
+        if self.saved_step is not None:
+            self.history.to_csv(self.out_dir / "history.csv")
+
     def _save(self, epoch: int, batch: int):
         "Write the checkpoint from which `resume` goes on at `batch` of `epoch`."
         if self.out_dir and self.accelerator.is_main_process:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
             progress = dict(config=self.cfg.to_dict(), epoch=epoch, batch=batch, step=self.step, best=self.best,
-                            rows=self.history.rows)
-            model = self.accelerator.unwrap_model(self.model)
-            save_checkpoint(self.out_dir / "checkpoint.safetensors", model, self.optimizer, progress)
+                            world=self.world, bad_steps=self.bad_steps, rows=self.history.rows)
+            self.checkpoints.save(self.accelerator.unwrap_model(self.model), self.optimizer, progress)
             self.history.to_csv(self.out_dir / "history.csv")
-        self.saved_at = time.monotonic()
+        self._save_skipped()
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def _save_skipped(self):
+        "Write the loader's list of clips that could not be read, of all processes, if it keeps one."
+        mine = getattr(self.train, "skipped", None)
+        if mine is None:
+            return
+        every = type(mine)(dict.fromkeys(itertools.chain(*self._from_all(list(mine)))))
+        if every and self.out_dir and self.accelerator.is_main_process:
+            every.to_csv(self.out_dir / "skipped.csv")
+
+    def _leave(self, epoch: int, done: int, out: AudioMAEOutput | None, trouble: Exception | None, signum: int):
+        "Save where the run stands, and raise what ends it."
+        if self.meter.batches:
+            self._log(out)
+        if self.saved_step != self.step:
+            self._save(epoch, done)
+        else:
+            self._save_skipped()
+        if signum:
+            name = signal.Signals(signum).name
+            saved = f"the checkpoint is in {self.out_dir}" if self.out_dir else "nothing was saved: out_dir is not set"
+            raise Stopped(signum, f"{name} stopped the training after step {self.step}; {saved}")
+        raise trouble
 
     @classmethod
     def resume(
@@ -324,13 +477,14 @@ class _Resumable:
         **options, # transform, callback, quiet, save_minutes as for Trainer; epochs to train longer
     ) -> "Trainer": # its `fit` goes on where the run stopped
         "A trainer that stands where a run left off."
-        path = Path(out_dir) / "checkpoint.safetensors"
-        progress = read_progress(path)
+        progress = Checkpoints(out_dir).read()
         cfg = Config.from_dict(progress["config"])
         self = cls(cfg.replace(epochs=options.pop("epochs", cfg.epochs)), out_dir=out_dir, **options)
-        load_checkpoint(path, self.accelerator.unwrap_model(self.model), self.optimizer)
+        self.checkpoints.load(self.accelerator.unwrap_model(self.model), self.optimizer)
         self.history, self.step, self.best = History(progress["rows"]), progress["step"], progress["best"]
         self.epoch, self.start = progress["epoch"], (progress["epoch"], progress["batch"])
+        self.saved_step, self.bad_steps = self.step, progress.get("bad_steps", [])
+        self.world = progress.get("world", self.world)
         return self
 
 # %% ../nbs/04_train.ipynb #2990fa7c
@@ -339,27 +493,61 @@ class _Plan:
 
     def _plan(self, train: Iterable):
         "Count the steps of the run."
-        world = self.accelerator.num_processes
-        self.batches = len(train) // world
+        self.train, self.batches = train, len(train) // self.world
         if not self.batches:
-            raise ValueError(f"the training set gives {len(train)} batches for {world} processes; "
-                             f"more clips, or a smaller batch_size than {self.cfg.batch_size}, would do")
+            raise ValueError(f"the training set gives {len(train)} batches for {self.world} processes; "
+                             f"use more clips, or a smaller batch_size than {self.cfg.batch_size}")
         per_epoch = math.ceil(self.batches / self.cfg.accum_steps)
         self.total_steps, self.warmup_steps = per_epoch * self.cfg.epochs, per_epoch * self.cfg.warmup_epochs
-        self.peak_lr = self.cfg.lr * world
+        self.peak_lr = self.cfg.lr * self.world
         self.saved_at = time.monotonic()
 
     def _groups(self, train: Iterable, epoch: int, start: int) -> Iterator[tuple[int, list[dict]]]:
         "This process's batches of an epoch from `start` on, `accum_steps` at a time, with the count of those done."
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        shared = world != self.world  # every process reads whole steps and keeps its part
+        mine, of = (0, 1) if shared else (rank, world)
         if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch, start * world, rank, world)
-            mine = iter(train)
+            train.set_epoch(epoch, start * self.world, mine, of)
+            batches = iter(train)
         else:
-            mine = itertools.islice(train, start * world + rank, None, world)
+            batches = itertools.islice(train, start * self.world + mine, None, of)
         for done in range(start, self.batches, self.cfg.accum_steps):
-            group = list(itertools.islice(mine, min(self.cfg.accum_steps, self.batches - done)))
-            yield done + len(group), group
+            count, group = min(self.cfg.accum_steps, self.batches - done), []
+            for _ in range(count):
+                some = list(itertools.islice(batches, self.world if shared else 1))
+                if len(some) < (self.world if shared else 1):
+                    raise ValueError(f"the training set gave fewer than its {len(train)} batches; its __len__ must be "
+                                     "the number of batches that it gives")
+                group.append(self._part(some, rank, world) if shared else some[0])
+            yield done + count, group
+
+    def _part(self, batches: list[dict], rank: int, world: int) -> dict:
+        "One process's part of the clips that several batches hold together."
+        whole = {k: torch.cat([b[k] for b in batches]) for k, v in batches[0].items() if isinstance(v, Tensor)}
+        clips = len(next(iter(whole.values())))
+        if clips % world:
+            good = [n for n in range(1, 2 * max(world, self.world)) if clips % n == 0]
+            raise ValueError(f"a step of this run has {clips} clips ({self.world} processes when it began), which "
+                             f"{world} processes cannot share equally; resume it on {', '.join(map(str, good))}")
+        return {k: v[rank * clips // world : (rank + 1) * clips // world] for k, v in whole.items()}
+
+    def _next(self, groups: Iterator, signum: int) -> tuple: # (count, group) or None, error, signal, late
+        "The next batches, and what keeps the run from going on, agreed between all processes."
+        late = time.monotonic() - self.saved_at > 60 * self.save_minutes
+        group, error = None, None
+        try:
+            group = None if signum else next(groups, None)
+        except Exception as raised:  # of the loader, or of what it reads
+            error = loader_error(raised)
+        if self.accelerator.num_processes > 1:
+            state = torch.tensor([error is not None, signum, late], dtype=torch.int64, device=self.device)
+            dist.all_reduce(state, dist.ReduceOp.MAX)
+            failed, signum, late = state.tolist()
+            if failed:
+                texts = self._from_all(error and f"{type(error).__name__}: {error}")
+                error = error or RuntimeError(f"another process failed: {next(filter(None, texts))}")
+        return group, error, signum, late
 
     def _progress(self) -> tqdm:
         "A progress bar in a terminal; in Jupyter the history itself is shown, live."
@@ -402,8 +590,11 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_bf16(self.device))
         self.out_dir = Path(out_dir) if out_dir is not None else None
+        self.checkpoints = Checkpoints(self.out_dir, cfg.keep_checkpoints) if self.out_dir else None
         self.history, self.meter, self.live, self.said = History(), _Meter(), None, set()
         self.step, self.epoch, self.best, self.start = 0, 0, None, (0, 0)
+        self.saved_step, self.bad_steps, self.in_a_row = None, [], 0
+        self.world = self.accelerator.num_processes  # whose batches make a step
 
     def fit(
         self,
@@ -413,21 +604,42 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
     ) -> History:
         "Train to the last epoch, from wherever the run stands."
         self._plan(train)
-        first_epoch, skip = self.start
-        with self._progress() as bar:
-            for epoch in range(first_epoch, self.cfg.epochs):
-                self.epoch, every = epoch + 1, self.cfg.eval_every
-                due = self.epoch == self.cfg.epochs or (every and self.epoch % every == 0)
-                score = partial(self._evaluate, evaluate, best_by)
-                for done, batches in self._groups(train, epoch, skip):
-                    out = self._update(batches)
-                    bar.update()
-                    scored = self.cfg.eval_steps and self.step % self.cfg.eval_steps == 0
-                    if done < self.batches and (scored or time.monotonic() - self.saved_at > 60 * self.save_minutes):
-                        self._log(out, score if scored else dict)
-                        self._save(epoch, done)
-                self._log(out, score if due else dict)
-                if due or time.monotonic() - self.saved_at > 60 * self.save_minutes:
-                    self._save(epoch + 1, 0)
-                skip = 0
+        writes = self.out_dir and self.accelerator.is_main_process
+        alone = only_writer(self.out_dir) if writes else contextlib.nullcontext()
+        with alone, stopping() as stop, self._progress() as bar:
+            self._begin()
+            for epoch in range(self.start[0], self.cfg.epochs):
+                self._epoch(epoch, self.start[1] if epoch == self.start[0] else 0, stop, bar, evaluate, best_by)
+            if stop.signum:
+                self._leave(self.cfg.epochs, 0, None, None, stop.signum)
         return self.history
+
+    def _epoch(self, epoch: int, done: int, stop, bar: tqdm, evaluate: Callable | None, best_by: str | None):
+        "One pass over the training batches from `done` on, with its rows, scores and checkpoints."
+        self.epoch, every, out = epoch + 1, self.cfg.eval_every, None
+        due = self.epoch == self.cfg.epochs or (every and self.epoch % every == 0)
+        score = partial(self._evaluate, evaluate, best_by)
+        groups = self._groups(self.train, epoch, done)
+        while True:
+            group, error, signum, late = self._next(groups, stop.signum)
+            if error or signum:
+                self._leave(epoch, done, out, error, signum)
+            if group is None:
+                break
+            if late and self.step > (self.saved_step or 0):
+                self._log(out)
+                self._save(epoch, done)
+            done, batches = group
+            try:
+                out = self._update(batches)
+            except RuntimeError as error:  # a loader process that dies is noticed wherever the training is
+                if (told := loader_error(error)) is error:
+                    raise
+                raise told from error
+            bar.update()
+            if done < self.batches and self.cfg.eval_steps and self.step % self.cfg.eval_steps == 0:
+                self._log(out, score)
+                self._save(epoch, done)
+        self._log(out, score if due else dict)
+        if due or late:
+            self._save(epoch + 1, 0)

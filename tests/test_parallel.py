@@ -6,8 +6,10 @@ This file is a test and, under torchrun, the program that it tests.
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import audiomaepp
 from audiomaepp.config import Config
 from audiomaepp.model import AudioMAEPlusPlus, cpu_state, split_by_noise
-from audiomaepp.train import Trainer
+from audiomaepp.train import Trainer, read_progress
 
 STEPS, HALF = 6, 4  # optimiser steps; clips in a process's batch
 
@@ -94,6 +96,11 @@ def as_one_of_two(out):
 
     (out / "stopped").mkdir(exist_ok=True)
     try:
+        how = dict(out_dir=out / "stopped by content", save_minutes=0, callback=stop_after(4))
+        train(cfg, batches(HALF), MaskedByContent, **how)
+    except Stop:
+        pass
+    try:
         train(cfg, batches(HALF), out_dir=out / "stopped", save_minutes=0, callback=stop_after(4))
     except Stop:
         pass
@@ -102,6 +109,19 @@ def as_one_of_two(out):
     found["resumed at"] = resumed.step
     resumed.fit(batches(HALF))
     keep("resumed", resumed, [], torch.zeros(1, 1))
+
+    model = MaskedByContent(config(2 * HALF))
+    resumed = Trainer.resume(out / "of one", model=model, quiet=True)  # one process began it, on whole batches
+    unwrapped = resumed.accelerator.unwrap_model(resumed.model)
+    found["rates of one"] = resumed.fit(batches(2 * HALF))["lr"]
+    save_file(cpu_state(unwrapped), out / f"resumed of one_{rank}.safetensors")
+
+    spoilt = batches(HALF)
+    spoilt[1]["spec"][0] = float("nan")  # the second process's first batch
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        keep("spoilt", *train(cfg.replace(epochs=1, use_contrastive_loss=False), spoilt, out_dir=out / "spoilt"))
+    found["said"] = [str(w.message) for w in said if "not finite" in str(w.message)]
     (out / f"found_{rank}.json").write_text(json.dumps(found))
 
     del resumed
@@ -127,10 +147,20 @@ def torchrun(program, *args):
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
 
+def begun_by_one(folder):
+    "A run on whole batches, stopped in the middle."
+    how = dict(out_dir=folder, save_minutes=0, callback=stop_after(4))
+    try:
+        train(config(2 * HALF), batches(2 * HALF), MaskedByContent, **how)
+    except Stop:
+        pass
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "What both processes found: (losses and masks by name, folder)."
     out = tmp_path_factory.mktemp("two")
+    begun_by_one(out / "of one")
     torchrun(__file__, out)
     return [json.loads((out / f"found_{rank}.json").read_text()) for rank in (0, 1)], out
 
@@ -186,6 +216,53 @@ def test_a_resumed_run_of_two_goes_on_as_it_would_have(two):
     assert [rank["resumed at"] for rank in two[0]] == [3, 3]  # saved in the middle of an epoch
     whole, resumed = (load_file(two[1] / f"{name}_0.safetensors") for name in ("labels", "resumed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def moved(state):
+    torch.manual_seed(0)
+    start = MaskedByContent(config(HALF)).state_dict()
+    return torch.cat([(state[name] - start[name]).flatten() for name in start])
+
+
+def test_a_run_of_one_goes_on_with_two(two):
+    "The same steps, rates and clips in a step: the clips of each batch are shared between the processes."
+    trainer, *_ = train(config(2 * HALF), batches(2 * HALF), MaskedByContent)
+    first, second = (load_file(two[1] / f"resumed of one_{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    progress = read_progress(two[1] / "of one" / "checkpoint.safetensors")
+    assert (progress["step"], progress["epoch"], progress["world"]) == (STEPS, 3, 1)
+    assert two[0][0]["rates of one"] == [row["lr"] for row in progress["rows"]]
+    assert progress["rows"][-1]["lr"] == trainer.history["lr"][-1] > 0
+    whole = moved(trainer.model.state_dict())
+    assert (moved(first) - whole).norm() < 0.02 * whole.norm()
+
+
+def test_a_run_of_two_goes_on_with_one(two, tmp_path):
+    "It ends with the parameters that two processes reach, at the same step, with the rate of two."
+    folder = tmp_path / "run"
+    shutil.copytree(two[1] / "stopped by content", folder)
+    resumed = Trainer.resume(folder, model=MaskedByContent(config(HALF)), quiet=True)
+    assert (resumed.world, resumed.step) == (2, 3)
+    resumed.fit(batches(HALF))
+    assert resumed.step == resumed.total_steps == STEPS
+    whole = moved(load_file(two[1] / "given masks_0.safetensors"))
+    assert (moved(resumed.model.state_dict()) - whole).norm() < 0.01 * whole.norm()
+
+
+def test_processes_that_cannot_share_a_step_are_refused(two):
+    trainer = Trainer.resume(two[1] / "whole", quiet=True, epochs=4)
+    trainer._plan(batches(HALF))
+    with pytest.raises(ValueError, match="8 clips .2 processes when it began., which 3 processes cannot .* 1, 2, 4"):
+        trainer._part(batches(HALF)[:2], rank=0, world=3)
+    parts = [trainer._part(batches(HALF)[:2], rank, world=4) for rank in range(4)]
+    assert torch.equal(torch.cat([p["spec"] for p in parts]), torch.cat([b["spec"] for b in batches(HALF)[:2]]))
+
+
+def test_a_bad_batch_in_one_process_is_skipped_by_both(two):
+    first, second = (load_file(two[1] / f"spoilt_{rank}.safetensors") for rank in (0, 1))
+    assert all(first[name].isfinite().all() and torch.equal(first[name], second[name]) for name in first)
+    assert all(len(rank["said"]) == 1 and "at step 1, which is skipped" in rank["said"][0] for rank in two[0])
+    assert read_progress(two[1] / "spoilt" / "checkpoint.safetensors")["step"] == 2
 
 
 def test_the_command_under_two_processes(tmp_path):
