@@ -703,6 +703,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'audiomaepp.train.Checkpoints.load': ('train.html#checkpoints.load', 'audiomaepp/train.py'),
                                   'audiomaepp.train.Checkpoints.read': ('train.html#checkpoints.read', 'audiomaepp/train.py'),
                                   'audiomaepp.train.Checkpoints.save': ('train.html#checkpoints.save', 'audiomaepp/train.py'),
+                                  'audiomaepp.train.Checkpoints.with_room': ('train.html#checkpoints.with_room', 'audiomaepp/train.py'),
                                   'audiomaepp.train.History': ('train.html#history', 'audiomaepp/train.py'),
                                   'audiomaepp.train.History.__getitem__': ('train.html#history.__getitem__', 'audiomaepp/train.py'),
                                   'audiomaepp.train.History.__init__': ('train.html#history.__init__', 'audiomaepp/train.py'),

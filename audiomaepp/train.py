@@ -206,16 +206,20 @@ class Checkpoints:
     ):
         "Write the newest checkpoint; the one that was newest is kept as an earlier one, the oldest are removed."
         self._set_aside()
+        self.with_room(partial(save_checkpoint, self.newest, model, optimizer, progress))
+        for path in self.earlier()[: max(0, len(self.earlier()) - self.keep + 1)]:
+            path.unlink()
+
+    def with_room(self, write: Callable[[], None]):
+        "Write something; on a full disk, once more without the earlier checkpoints."
         try:
-            save_checkpoint(self.newest, model, optimizer, progress)
+            write()
         except OutputError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.earlier():
                 raise
             for path in self.earlier():
                 path.unlink()
-            save_checkpoint(self.newest, model, optimizer, progress)
-        for path in self.earlier()[: max(0, len(self.earlier()) - self.keep + 1)]:
-            path.unlink()
+            write()
 
     def _set_aside(self):
         "Give the newest checkpoint a second name; it keeps the first until the next one takes it."
@@ -420,7 +424,7 @@ class _Records:
         if score is None or self.best is None or math.isnan(self.best) or score >= self.best:  # of equals the later
             self.best = score
             if self.out_dir and self.accelerator.is_main_process:
-                model.write(self.out_dir)
+                self.checkpoints.with_room(partial(model.write, self.out_dir))
         return scores
 
 # %% ../nbs/04_train.ipynb #d339069f
