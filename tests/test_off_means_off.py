@@ -113,7 +113,7 @@ def trained(cfg, labels=True):
     model, masks = AudioMAEPlusPlus(cfg), []
     with torch.random.fork_rng():
         trainer = Trainer(cfg, quiet=True)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
     trainer = Trainer(cfg, quiet=True)
     trainer.model.register_forward_hook(lambda module, args, out: masks.append(out.mask))
     history = trainer.fit(list(batches(labels)))
