@@ -1,6 +1,6 @@
 # Needs python (3.11 or newer), git and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow docs readme bench quality lint check hooks install clean
+.PHONY: help demo test slow soak docs readme bench quality lint check hooks install clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,6 +21,9 @@ test: $(STAMP) ## every quick notebook cell and tests/ (ARGS="-k losses" goes to
 
 slow: $(STAMP) ## the slow cells and tests, with the cells they stand on
 	@$(PY) -m pytest --slow -m slow $(ARGS)
+
+soak: $(STAMP) ## kill, fill disks, take data away, mutate files; a table of what survived (ARGS=--quick for a minute)
+	@$(PY) tests/soak.py $(ARGS)
 
 docs: $(STAMP) ## the site, from the notebooks, in _site/ (no Quarto needed)
 	@$(PY) docs/build.py site
