@@ -66,17 +66,18 @@ def reconstruction_loss(
 
 # %% ../nbs/01_losses.ipynb #3c9b6fea
 def squared_distances(
-    z: torch.Tensor, # (N, D) unit rows
+    z: torch.Tensor, # (N, D) rows of length 1, or 0
 ) -> torch.Tensor: # (N, N), from 0 (same direction) to 4 (opposite)
-    "Squared distance between each two unit vectors, 2 - 2cos: smooth even where two rows coincide."
-    return (2 - 2 * z @ z.T).clamp_min(0)
+    "Squared distance between each two unit vectors, 2 - 2cos: smooth even where two rows coincide. A zero row is at 0."
+    square = z.any(dim=1).to(z.dtype)  # of each length: 1, or 0 where a row has no direction
+    return (square[:, None] + square - 2 * z @ z.T).clamp_min(0)
 
 # %% ../nbs/01_losses.ipynb #fb565459
 @full_precision
 def uniformity_loss(
     embeddings: torch.Tensor, # (N, D), any length; normalised here
     t: float = 2.0, # sharpness of the repulsion: larger looks at nearer pairs
-) -> torch.Tensor: # 0-dim, from 0 (all collapsed onto one direction) downwards
+) -> torch.Tensor: # 0-dim, from 0 (all collapsed onto one direction, or all zero) downwards
     """Logarithm of the mean Gaussian potential between all pairs: low when directions spread evenly.
 
     Returns 0 (with a gradient) for fewer than two rows.
@@ -94,13 +95,14 @@ def uniformity_loss(
 @full_precision
 def cosine_uniformity_loss(
     embeddings: torch.Tensor, # (N, D), any length; normalised here
-) -> torch.Tensor: # 0-dim, from 1 (all on one line) down to about 1/min(N, D)
+) -> torch.Tensor: # 0-dim, from 1 (all on one line, or all zero) down to about 1/min(N, D)
     """Mean squared cosine over all pairs of rows, each row with itself included.
 
     Returns 0 (with a gradient) for no rows. Source: Zhang et al. 2022, U-MAE (arXiv 2210.08344).
     """
     z = unit_vectors(embeddings)
-    return (z @ z.T).square().sum() / max(1, len(z)) ** 2
+    zero = ~z.any(dim=1)  # these have no direction, and are alike
+    return (z @ z.T + (zero[:, None] & zero)).square().sum() / max(1, len(z)) ** 2
 
 # %% ../nbs/01_losses.ipynb #2693d13b
 @full_precision

@@ -23,6 +23,7 @@ from audiomaepp.evaluate import (
     standardise,
     wilson_interval,
 )
+from audiomaepp.train import collapse_warning
 
 ESC10 = Path(__file__).parents[2] / "shared" / "data" / "esc10"
 
@@ -118,6 +119,15 @@ def test_unlabelled_clips_take_no_part():
     assert set(evaluate_embeddings(train_x, -np.ones(len(train_x)), test_x, test_y)) == {
         "alignment", "uniformity", "rankme", "n_train", "n_test"
     }
+
+
+def test_embeddings_of_zeros_are_reported_as_collapsed():
+    _, train_y, _, test_y = clouds()
+    report = make_report(np.zeros((len(train_y), 8)), train_y, np.zeros((len(test_y), 8)), test_y)
+    scores = report.rows["this model"]
+    assert scores["uniformity"] == scores["alignment"] == 0 and scores["rankme"] == pytest.approx(1, abs=0.01)
+    assert "-4.00" not in str(report)
+    assert "collapsed to one direction" in collapse_warning(torch.zeros(16, 8))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float64, torch.float32, torch.bfloat16, list])

@@ -1,6 +1,7 @@
 """Losses where they meet the machine: autocast, several processes, odd batches."""
 
 import itertools
+import math
 import weakref
 from importlib import import_module
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from audiomaepp.losses import (
     alignment,
+    cosine_uniformity_loss,
     gather_with_grad,
     info_nce_loss,
     rankme,
@@ -98,6 +100,41 @@ def finite_with_gradient(loss, z):
     assert value.ndim == 0 and value.isfinite(), (value, z)
     assert z.grad.isfinite().all(), (z.grad, z)
     return value.item()
+
+
+def test_a_batch_of_zeros_reads_as_collapsed():
+    """A model that gives zeros for every clip must not read as one whose clips are spread perfectly."""
+    zeros, ones = torch.zeros(16, 8), torch.ones(16, 8)
+    for loss in (uniformity_loss, cosine_uniformity_loss, lambda z: alignment(z, torch.zeros(16))):
+        assert loss(zeros).item() == pytest.approx(loss(ones).item(), abs=1e-6)
+    assert finite_with_gradient(uniformity_loss, zeros) == finite_with_gradient(uniformity_loss, 1e-12 * ones) == 0
+    half = torch.cat([zeros[:8], batch(8, 8)])
+    assert uniformity_loss(batch(16, 8)) < uniformity_loss(half) < 0, "half of it is collapsed"
+
+
+def test_without_zero_rows_the_losses_keep_every_bit():
+    """The value and gradient that trained every model so far: the sums are 2 - 2cos, in this order."""
+    def distances(z):
+        z = z / z.norm(dim=1, keepdim=True)
+        return (2 - 2 * z @ z.T).clamp_min(0), z
+
+    def uniformity(z):
+        apart = (-2.0 * distances(z)[0]).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+        return apart.flatten().logsumexp(0) - math.log(len(z) * (len(z) - 1))
+
+    def cosine(z):
+        z = distances(z)[1]
+        return (z @ z.T).square().sum() / len(z) ** 2
+
+    for seed, (ours, theirs) in itertools.product(range(5), [(uniformity_loss, uniformity),
+                                                             (cosine_uniformity_loss, cosine)]):
+        values, grads = [], []
+        for loss in (ours, theirs):
+            z = (batch(48, 32, seed) + seed).requires_grad_()
+            values.append(loss(z))
+            values[-1].backward()
+            grads.append(z.grad)
+        assert torch.equal(*values) and torch.equal(*grads)
 
 
 def test_odd_batches_have_finite_values_and_gradients():
