@@ -8,7 +8,6 @@ __all__ = ['TRAIN_NAMES', 'TEST_NAMES', 'SOUNDS', 'Skipped', 'Recordings', 'open
 
 # %% ../nbs/11_data.ipynb #5ff27823
 import csv
-import html
 import io
 import math
 import os
@@ -26,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, probe, resample
-from .config import Config
+from .config import Config, escape
 from .files import write_atomic
 
 # %% ../nbs/11_data.ipynb #565f3b09
@@ -51,7 +50,7 @@ class Skipped(list):
 
     def _repr_html_(self):
         cell = "<td style='text-align:left'>"
-        rows = "".join(f"<tr>{cell}{html.escape(n)}</td>{cell}{html.escape(r)}</td></tr>" for n, r in self._rows())
+        rows = "".join(f"<tr>{cell}{escape(n)}</td>{cell}{escape(r)}</td></tr>" for n, r in self._rows())
         return f"<b>{len(self)} left out</b><table>{rows}</table>"
 
     def to_csv(self, path: str | os.PathLike):
@@ -194,14 +193,14 @@ def _html_card(recordings: Recordings, most: int = 24) -> str:
     named = [(name, n) for name, n in zip(["(no label)", *recordings.classes], counts, strict=True) if n]
     bars = "".join(
         f"<div style='display:flex;gap:.5em;white-space:nowrap'>"
-        f"<span style='flex:1;overflow:hidden'>{html.escape(name)}</span>"
+        f"<span style='flex:1;overflow:hidden'>{escape(name)}</span>"
         f"<span style='width:4em'><span style='display:inline-block;height:.6em;width:{4 * n / max(counts):.2f}em;"
         f"background:#4c8eda'></span></span><span style='width:2.5em'>{n}</span></div>"
         for name, n in named[:most]
     )
     more = f"<small>and {len(named) - most} more classes</small>" if len(named) > most else ""
     flow = "display:grid;grid-template-columns:repeat(auto-fill,16em);gap:.1em 1.5em;font-size:90%;max-width:54em"
-    title = f"<b>{html.escape(recordings.source or 'recordings')}</b> · {html.escape(_summary(recordings))}"
+    title = f"<b>{escape(recordings.source or 'recordings')}</b> · {escape(_summary(recordings))}"
     return f"<div>{title}<div style='{flow}'>{bars}</div>{more}</div>"
 
 # %% ../nbs/11_data.ipynb #ee41a580

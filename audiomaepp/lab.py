@@ -11,7 +11,6 @@ __all__ = ['LOSSES', 'FLOOR', 'CHANCE', 'MEASURES', 'validation_rows', 'probe_lo
 # %% ../nbs/23_lab.ipynb #d15ad0d4
 import base64
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -32,7 +31,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .audio import LogMel, build_frontend
-from .config import POOLING_MODES, Config
+from .config import POOLING_MODES, Config, escape
 from .data import Recordings, Skipped, augment, drop_unreadable, make_loader, open_recordings, split
 from .embed import EmbeddingGenerator, write_parquet
 from .evaluate import chance, evaluate_embeddings, knn_accuracy, knn_predict, logmel_statistics
@@ -671,7 +670,7 @@ class _Text(_Tables, _Verdicts):
     __repr__ = __str__
 
     def _repr_html_(self):
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks())
+        lines = "".join(f"<li>{escape(line)}</li>" for line in self.remarks())
         return f"{html_table(self._heading(), self._cells())}<ul style='font-size:90%'>{lines}</ul>"
 
 # %% ../nbs/23_lab.ipynb #e7094638
@@ -705,7 +704,7 @@ class Shift:
     def _repr_html_(self):
         tables = "".join(f"<div class='wide'>{html_table(name, cells)}</div>" for name, cells in self.parts().items())
         flow = "display:flex;flex-wrap:wrap;gap:.5em 2em;align-items:flex-start"
-        head = f"<p>{html.escape(self._heading())}</p><p><small>{html.escape(_COLUMNS)}</small></p>"
+        head = f"<p>{escape(self._heading())}</p><p><small>{escape(_COLUMNS)}</small></p>"
         return f"{head}<div style='{flow}'>{tables}</div>"
 
     def _heading(self) -> str:
@@ -908,8 +907,8 @@ pre { background: var(--card); padding: .8rem; border-radius: .5rem; overflow-x:
 
 def _page(title: str, sections: dict[str, str]) -> str:
     "A page of sections, HTML under their headings."
-    body = "".join(f"<section><h2>{html.escape(head)}</h2>{text}</section>" for head, text in sections.items() if text)
-    title = html.escape(title)
+    body = "".join(f"<section><h2>{escape(head)}</h2>{text}</section>" for head, text in sections.items() if text)
+    title = escape(title)
     head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{title}</title><style>{_STYLE}</style>")
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
@@ -936,7 +935,7 @@ def _panels(figure, says: str) -> str:
         panel = drawn.crop((left, drawn.height - high, right, drawn.height - low))
         page.paste(panel, (int(left - around[0]) + 6, int(around[3] - high) + 6))
         page.quantize(128).save(png, "PNG", optimize=True)
-        alt = html.escape(f"{says}: {' '.join(ax.get_title().split())}")
+        alt = escape(f"{says}: {' '.join(ax.get_title().split())}")
         tag = f'alt="{alt}"' if name else 'class="bar" alt="colours"'
         shown.append(f'<img {tag} src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">')
     return f'<div class="panels">{"".join(shown)}</div>{_legend(figure)}'
@@ -947,8 +946,8 @@ def _legend(figure) -> str:
     words = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
     entries = [(handle, text.get_text()) for legend in figure.legends
                for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)]
-    words = [html.escape(line) for line in words if line]
-    words += [f"<span>{_swatch(handle)} {html.escape(text)}</span>" for handle, text in entries]
+    words = [escape(line) for line in words if line]
+    words += [f"<span>{_swatch(handle)} {escape(text)}</span>" for handle, text in entries]
     return f'<p class="legend">{" ".join(words)}</p>' if words else ""
 
 
@@ -966,7 +965,7 @@ def _swatch(handle) -> str:
 # %% ../nbs/23_lab.ipynb #ffe55959
 def _listed(lines: Iterable[str]) -> str:
     "Lines as a list."
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 # %% ../nbs/23_lab.ipynb #1ccafa8d
 def _metadata(held_out: "pd.DataFrame", most: int = 3) -> list[str]:
@@ -1014,9 +1013,9 @@ class _Sections:
         columns = ["label"] if (self.labels >= 0).any() else []
         columns = (columns + _metadata(self.held_out)) or ["label"]
         maps = [_panels(self.plot(column, columns=len(self.table) - 1), f"map by {column}") for column in columns]
-        folded = [f"<details><summary>by {html.escape(name)}</summary>{text}</details>"
+        folded = [f"<details><summary>by {escape(name)}</summary>{text}</details>"
                   for name, text in zip(columns[1:], maps[1:], strict=True)]
-        return f'<p class="soft">held-out clips by {html.escape(columns[0])}</p>{maps[0]}{"".join(folded)}'
+        return f'<p class="soft">held-out clips by {escape(columns[0])}</p>{maps[0]}{"".join(folded)}'
 
     def _movement(self) -> str:
         "From the first row to the one with the highest kNN-10 of the others."
@@ -1031,7 +1030,7 @@ class _Sections:
             if verdict and not verdict.clear:
                 after = verdict.best
                 why = f"{why}, though not clearly" if verdict.gap else f": {_and(verdict.leaders)} have the same kNN-10"
-        words = html.escape(f"From {rows.index[0]} to {after}{why}.")
+        words = escape(f"From {rows.index[0]} to {after}{why}.")
         return f'<p class="soft">{words}</p>{self.shift(rows.index[0], after)._repr_html_()}'
 
     def _settings(self) -> str:
@@ -1043,7 +1042,7 @@ class _Sections:
         replaced = set.intersection(*map(set, e.settings.values()))
         shared = {k: v for k, v in Config.from_dict(e.base).diff().items() if k not in replaced}
         each = [f"{name}: {shown(fields)}" for name, fields in e.settings.items() if name != shown(fields)]
-        common = f"<p>Unless a setting changes it: {html.escape(shown(shared))}</p>" if shared else ""
+        common = f"<p>Unless a setting changes it: {escape(shown(shared))}</p>" if shared else ""
         return common + (_listed(each) if each else "")
 
 # %% ../nbs/23_lab.ipynb #00b422d1
@@ -1063,15 +1062,15 @@ class _Report(_Sections):
         table = f'<div class="wide">{html_table("", self._cells())}</div>'
         curves = any(history.rows for history in self.histories.values())
         sections = {
-            "Held-out clips": f"<p>{html.escape(self._heading())}</p>{table}{_listed(self.remarks())}",
+            "Held-out clips": f"<p>{escape(self._heading())}</p>{table}{_listed(self.remarks())}",
             "Maps": self._maps() if pictures and maps else "",
             "On the way": _panels(self.curves(across=100), "curve") if pictures and curves else "",
             "What moved": self._movement(),
             "Settings": self._settings(),
             "How it was measured": _listed(_PROTOCOL),
             "Left out": _listed(f"{path}: {why}" for path, why in self.skipped) if self.skipped else "",
-            "Versions": f'<p class="soft">{html.escape(", ".join(f"{k} {v}" for k, v in e.versions.items()))}</p>',
-            "Again": f"<pre>{html.escape(repeat or _repeat(e))}</pre>",
+            "Versions": f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in e.versions.items()))}</p>',
+            "Again": f"<pre>{escape(repeat or _repeat(e))}</pre>",
         }
         write_atomic(path, _page(title, sections).encode())
         return Path(path)

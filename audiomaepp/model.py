@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
-from .config import Config
+from .config import Config, escape
 from .files import make_folder, write_atomic
 from audiomaepp.losses import (
     cosine_uniformity_loss,
@@ -481,6 +481,11 @@ def need_finite(
                                  "saved before is unchanged, and a lower base_lr or precision='fp32' may help")
 
 # %% ../nbs/02_model.ipynb #70db5001
+def _literal(text: str) -> str:
+    "Text as one line of Markdown that shows it as it is."
+    return re.sub(r"[!$*\[\\\]_`{|}~]", lambda c: f"&#{ord(c[0])};", " ".join(escape(text).split()))
+
+
 def _card_text(model: nn.Module, data: str, scores: dict[str, dict[str, float]]) -> str:
     "The body of a model card, in Markdown."
     cfg, count = model.cfg, sum(p.numel() for p in model.parameters())
@@ -488,12 +493,12 @@ def _card_text(model: nn.Module, data: str, scores: dict[str, dict[str, float]])
              f"{cfg.clip_seconds:g} s at {cfg.sample_rate} Hz to embeddings of {cfg.embedding_dim} numbers.", "",
              "```python", "from audiomaepp import EmbeddingGenerator", "",
              'EmbeddingGenerator("this folder or repository").extract_embedding("sound.wav")', "```", "", "## Data", "",
-             data or "Not stated.", "", "## Held-out scores", ""]
+             f"<p>{_literal(data or 'Not stated.')}</p>", "", "## Held-out scores", ""]
     if scores:
         names = list(dict.fromkeys(name for row in scores.values() for name in row))
-        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += ["| | " + " | ".join(map(_literal, names)) + " |", "|---" * (len(names) + 1) + "|"]
         cells = {who: [f"{row[n]:.3g}" if n in row else "" for n in names] for who, row in scores.items()}
-        lines += [f"| {who} | " + " | ".join(row) + " |" for who, row in cells.items()]
+        lines += [f"| {_literal(who)} | " + " | ".join(row) + " |" for who, row in cells.items()]
     else:
         lines.append("Not stated.")
     settings = [f"| `{name}` | `{value!r}` |" for name, value in cfg.diff().items()]

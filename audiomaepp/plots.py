@@ -14,13 +14,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .config import escape
 from .evaluate import standardise
 from .files import write_atomic
 

@@ -6,12 +6,12 @@
 __all__ = ['EXACT', 'Hits', 'SoundIndex', 'search']
 
 # %% ../nbs/24_search.ipynb #24aa0004
-import html
 import os
 from functools import cached_property
 
 import numpy as np
 
+from .config import escape
 from .embed import EmbeddingGenerator
 from .evaluate import standardise
 
@@ -43,16 +43,16 @@ class Hits:
 
         from audiomaepp.audio import AudioError, load_audio
 
-        head, rows = "".join(f"<th>{c}</th>" for c in self._shown()), []
+        head, rows = "".join(f"<th>{escape(c)}</th>" for c in self._shown()), []
         for number, row in enumerate(self.table.to_dict("records")):
-            cells = [f"{row[c]:.3f}" if isinstance(row[c], float) else html.escape(str(row[c])) for c in self._shown()]
+            cells = [f"{row[c]:.3f}" if isinstance(row[c], float) else escape(row[c]) for c in self._shown()]
             player = ""
             if number < 12:  # sounds make a notebook large
                 try:
                     wave = load_audio(row["path"], 8000, start=row.get("start", 0.0), seconds=2.0)
                     player = Audio(wave.numpy(), rate=8000)._repr_html_()
                 except AudioError as error:
-                    player = f"<small>{html.escape(error.reason)}</small>"
+                    player = f"<small>{escape(error.reason)}</small>"
             rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in [*cells, player]) + "</tr>")
         return f"<table style='font-size:85%'><tr>{head}<th></th></tr>{''.join(rows)}</table>"
 

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import Config
+from .config import Config, escape
 from .files import OutputError, Stopped, only_writer, stopping, sweep, write_atomic
 from .losses import rankme, uniformity_loss
 from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state, need_finite
@@ -89,8 +89,8 @@ class History:
     __repr__ = __str__
 
     def _repr_html_(self):
-        head = "".join(f"<th>{c}</th>" for c in self.columns)
-        rows = ["".join(f"<td>{_short(row.get(c))}</td>" for c in self.columns) for row in self.shown()]
+        head = "".join(f"<th>{escape(c)}</th>" for c in self.columns)
+        rows = ["".join(f"<td>{escape(_short(row.get(c)))}</td>" for c in self.columns) for row in self.shown()]
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<table style='font-size:85%'><tr>{head}</tr>{body}</table>"
 

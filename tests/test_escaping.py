@@ -1,0 +1,225 @@
+"""Text from files is text: in no page, card or repr does a label, a path or a column become markup."""
+
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+from html.parser import HTMLParser
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+import audiomaepp
+from audiomaepp import lab
+from audiomaepp.config import Config
+from audiomaepp.data import Recordings, Skipped
+from audiomaepp.embed import AudioMAEEmbedder
+from audiomaepp.evaluate import Report
+from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.plots import save_html_map
+from audiomaepp.search import Hits
+from audiomaepp.train import History
+
+PLAIN = "plain"
+MARKUP = [
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "</script><b>",
+    "<!-- ]]>", "&lt;b&gt; &amp; &quot;", "${x} %{x} $y$", "{{ 7*7 }} {% raw %}", "a\n\n<i>", "\\",
+]  # fmt: skip
+BYTES = os.fsdecode(b"caf\xe9")  # a file's name that is no UTF-8
+MARKDOWN = [
+    "| a | b |", "---", "# head", "1. one", "- item", "> said", "[a](http://a.b)", "![a](b.png)", "`x`", "```",
+    "**a** _b_ ~~c~~", "<http://a.b>", "{: .a }", "a\n\n- b", "    code", "a\n===", "[^1]: note", "\n---\na: b\n---\n",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    "What a browser makes of a page: its elements with their attributes, and its text."
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.texts = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, [name for name, _ in attrs]))
+
+    def handle_endtag(self, tag):
+        self.elements.append(tag)
+
+    def handle_comment(self, data):
+        self.elements.append("comment")
+
+    def handle_decl(self, decl):
+        self.elements.append("declaration")
+
+    unknown_decl = handle_pi = handle_decl
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def shown(text):
+    "A text as a page shows it: spaces count as one, bytes that are no UTF-8 are spelt out."
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def config(text, folder):
+    class Named(str):
+        __repr__ = str.__str__
+
+    cfg = Config()
+    object.__setattr__(cfg, "precision", Named(text))  # no file can do that: every setting is checked
+    return cfg._repr_html_()
+
+
+def history(text, folder):
+    return History([{"epoch": 1, text: 0.5, "word": text}])._repr_html_()
+
+
+def report(text, folder):
+    return Report(text).add(text, {"knn": 0.5, "n_test": 9})._repr_html_()
+
+
+def recordings(text, folder):
+    table = pd.DataFrame({"path": [text, "b"], "label": [text, "b"], "fold": [text, "b"]}, dtype=object)
+    return Recordings(table, source=text)._repr_html_()
+
+
+def skipped(text, folder):
+    return Skipped([(text, text)])._repr_html_()
+
+
+def hits(text, folder):
+    found = {"path": [text], "label": [text], "start": [0.0], "end": [text], "similarity": [0.5]}
+    return Hits(pd.DataFrame(found, dtype=object))._repr_html_()
+
+
+def comparison_of(text, path=None, n=8):
+    "A comparison of two settings whose every name comes from a file; nothing was trained."
+    classes, rng = [text, "b"], np.random.default_rng(0)
+    labels = np.arange(n) % 2
+    settings = {text: {"mask_ratio": 0.5}, "other": {}}
+    experiment = lab.Experiment(
+        settings, [0], Config().to_dict(), None, text, text, classes, {}, {"fold": text}, {text: text}
+    )
+    results = [
+        lab.Result.of((name, "mean", 0), (rng.normal(size=(n, 4)), rng.normal(size=(n, 4))), (labels, labels),
+                      reconstruction=0.5, seconds=1.0)
+        for name in (*settings, lab.FLOOR)
+    ]  # fmt: skip
+    results[0].warning = text
+    held_out = pd.DataFrame({"path": [f"{text}{i}" for i in range(n)], "label": [classes[i] for i in labels],
+                             text: [text, "b"] * (n // 2)})  # fmt: skip
+    histories = {(name, 0): History([{"step": 1, "loss": 0.5, text: 0.5}]) for name in settings}
+    rest = 0.5, Skipped([(path or text, text)]), {(text, 1): text}
+    return lab.Comparison(experiment, held_out, results[:2], histories, results[2], *rest)
+
+
+def comparison(text, folder):
+    return comparison_of(text)._repr_html_()
+
+
+def shift(text, folder):
+    return comparison_of(text).shift(text, "other")._repr_html_()
+
+
+def lab_report(text, folder):
+    return comparison_of(text).to_html(folder / "report.html", title=text, repeat=text).read_text("utf-8")
+
+
+def html_map(text, folder):
+    table = {text: [text, "b", "c"], "fraction": [0.1, 0.2, 0.3]}
+    paths = [save_html_map(np.zeros((3, 2)), table, folder / f"{i}.html", text, held_out=text, colour=column,
+                           plotlyjs="cdn") for i, column in enumerate(table)]  # fmt: skip
+    return "".join(path.read_text("utf-8") for path in paths)
+
+
+def model_card(text, folder):
+    "Read with a Markdown parser, as the Hub does."
+    markdown = pytest.importorskip("markdown")
+    extensions = ["tables", "fenced_code", "attr_list", "md_in_html", "toc"]
+    return markdown.markdown(card_of(text, folder).split("\n---\n", 1)[1], extensions=extensions)
+
+
+def card_of(text, folder):
+    cfg = Config.preset("nano", depth=1, embed_dim=32, decoder_embed_dim=32)
+    AudioMAEPlusPlus(cfg).generate_model_card(text, {text: {text: 0.5}}).save(folder / "README.md")
+    return (folder / "README.md").read_text("utf-8")
+
+
+PAGES = [config, history, report, recordings, skipped, hits, comparison, shift, lab_report, html_map, model_card]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    "Each page made once of a harmless word."
+    return {page: Page(page(PLAIN, tmp_path_factory.mktemp("plain"))) for page in PAGES}
+
+
+@pytest.mark.parametrize(("page", "text"), [*product(PAGES, MARKUP), *product([model_card], MARKDOWN)])
+def test_no_element_and_no_attribute_comes_out_of_the_data(page, text, pages, tmp_path):
+    made = page(text, tmp_path)
+    made.encode()  # it can be written
+    found = Page(made)
+    assert found.elements == pages[page].elements
+    if page is not html_map:  # whose labels are in its script
+        assert shown(text) in shown("".join(found.texts))
+
+
+@pytest.mark.parametrize("page", [history, report, skipped, hits, html_map, model_card])
+def test_a_name_that_is_no_utf_8_is_spelt_out(page, tmp_path):
+    made = page(BYTES, tmp_path)
+    assert made.encode() and (page is html_map or "caf\\udce9" in "".join(Page(made).texts))
+
+
+def test_a_report_lists_a_path_that_is_no_utf_8(tmp_path):
+    path = comparison_of(PLAIN, path=BYTES).to_html(tmp_path / "report.html", maps=False)
+    assert "caf\\udce9" in path.read_text("utf-8")
+
+
+def test_every_class_that_shows_itself_as_html_is_tried():
+    modules = [importlib.import_module(f"audiomaepp.{m.name}") for m in pkgutil.iter_modules(audiomaepp.__path__)
+               if m.name != "__main__"]  # fmt: skip
+    classes = {cls for module in modules for name, cls in inspect.getmembers(module, inspect.isclass)
+               if cls.__module__ == module.__name__ and name[0] != "_" and hasattr(cls, "_repr_html_")}  # fmt: skip
+    tried = {Config, History, Report, Recordings, Skipped, Hits, lab.Comparison, lab.Shift}
+    assert classes - {AudioMAEEmbedder} == tried  # scikit-learn shows that one
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_the_map_shows_every_label_as_it_is(text, tmp_path):
+    """plotly takes a small HTML of its own in texts: what it makes of them is what the table holds."""
+    page, read = html_map(text, tmp_path), json.JSONDecoder().raw_decode
+    traces, end = read(page, page.index("[", page.index('"map",')))
+    layout, _ = read(page, page.index("{", end))
+    for trace in traces:  # what is drawn when the pointer is elsewhere, and what is drawn below it
+        assert text_of(trace["name"]) in (shown(text), "b", "c")
+    (first,) = (trace["text"][0] for trace in traces if text_of(trace["name"]) == shown(text))
+    assert text_of(first) == shown(f"{text}: {text} fraction: 0.10")
+    assert text_of(layout["title"]["text"]) == shown(f"{text} held-out clips: {text}")
+    assert text_of(layout["legend"]["title"]["text"]) == shown(text)
+
+
+def text_of(pseudo):
+    "What plotly draws: it has tags of its own, and knows few names of characters."
+    assert set(re.findall("<.*?>", pseudo)) <= {"<b>", "</b>", "<br>"}
+    pseudo = re.sub("<.*?>", lambda tag: " " * (tag[0] == "<br>"), pseudo)
+    for name in re.findall(r"&(.+?);", pseudo):
+        assert name in ("amp", "lt", "gt") or re.fullmatch(r"#(\d+|x[\da-f]+)", name), name
+    return shown("".join(Page(pseudo).texts))
+
+
+@pytest.mark.parametrize("text", MARKUP + MARKDOWN)
+def test_the_front_matter_of_a_card_stays_what_it_is(text, tmp_path):
+    from huggingface_hub import ModelCard
+
+    plain, made = (card_of(word, tmp_path) for word in (PLAIN, text))
+    assert yaml.safe_load(made.split("---\n")[1]) == yaml.safe_load(plain.split("---\n")[1])
+    assert made.split("---\n")[1] == plain.split("---\n")[1]
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == ModelCard(plain).data.to_dict()
