@@ -217,16 +217,16 @@ def draw_run(
     run, test = Path(run), evaluation.test
     folder = run / "pictures"
     folder.mkdir(exist_ok=True)
-    labels = test.labels if colour == "label" else test.table[colour].to_numpy()
+    labels, classes = (test.labels, test.classes) if colour == "label" else (test.table[colour].to_numpy(), None)
     names = {"this model": evaluation.test_x, "log-mel statistics (floor)": evaluation.floor_x}
     places = {name: umap_2d(x) for name, x in names.items()}
     panels = [(name, xy, _numbers(evaluation.report.rows.get(name, {}))) for name, xy in places.items()]
-    plot_maps(panels, labels, run.name, held_out=evaluation.protocol, names=test.classes if colour == "label" else None,
+    plot_maps(panels, labels, run.name, held_out=evaluation.protocol, names=classes,
               legend="" if colour == "label" else colour, panel_size=3.2).savefig(folder / "map.png", dpi=110)
     table = test.table.drop(columns=[c for c in test.table if test.table[c].isna().all()])
     table = table.assign(path=[Path(p).name if os.path.exists(p) else p for p in table["path"]])
     save_html_map(places["this model"], table, folder / "map.html", run.name, held_out=evaluation.protocol,
-                  colour=colour if colour in table else None)
+                  colour=colour if colour in table else None, names=classes)
     plot_history(_read_history(run), run.name, axis="epoch").savefig(folder / "losses.png", dpi=110)
     return [folder / "map.png", folder / "map.html", folder / "losses.png", *draw_reconstructions(run, test)]
 

@@ -49,6 +49,21 @@ def _as_png(
     return out.getvalue()
 
 
+def _text(
+    size: float, # points
+) -> dict:
+    "Return how a text is drawn that may come from a file: a `$` in it begins no formula."
+    return dict(fontsize=size, parse_math=False)
+
+
+def _literal(
+    legend, # matplotlib legend
+) -> None:
+    "Draw the entries and the heading of a legend as `_text` draws a title."
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_parse_math(False)
+
+
 def _array(
     x, # array, tensor or list
 ) -> np.ndarray:
@@ -327,7 +342,7 @@ def _aligned_pca(
 # %% ../nbs/22_plots.ipynb #d27e134e
 def _classes(
     values: np.ndarray, # (n,) names or whole numbers; negative, None or NaN = unlabelled
-    names: Sequence[str] | None, # what the numbers 0, 1, ... are called
+    names: Sequence[str] | None, # what the numbers 0, 1, ... are called; or all classes that may occur, in order
 ) -> tuple[np.ndarray, list[str]]:
     "Return (n,) codes, -1 for unlabelled, and the name of each code."
     missing = np.array([v is None or v != v or (not isinstance(v, str) and v < 0) for v in values.tolist()], bool)
@@ -337,9 +352,11 @@ def _classes(
     found, codes[~missing] = np.unique(values[~missing], return_inverse=True)
     if names is None:
         return codes, [str(v) for v in found]
-    if found.dtype.kind not in "iub" or found.max() >= len(names):
-        raise ValueError(f"{len(names)} names cannot name label {found.max()}; they name 0 to {len(names) - 1}")
-    codes[~missing] = values[~missing] # a class keeps its colour when no clip of a lower one is shown
+    known, found = range(len(names)) if found.dtype.kind in "iub" else list(names), found.tolist()
+    if strangers := [v for v in found if v not in known]:
+        raise ValueError(f"labels must be among the {len(names)} names, got {strangers[0]!r}; add a name for it")
+    places = np.array([known.index(v) for v in found]) # a class keeps its colour when no clip of another is shown
+    codes[~missing] = places[codes[~missing]]
     return codes, [str(n) for n in names]
 
 
@@ -441,8 +458,8 @@ def plot_maps(
             ax.set(xlim=frame[0], ylim=frame[1])
         if len(xy) > 1 and not np.ptp(xy, axis=0).any(): # a collapse, or a stuck model
             ax.annotate("all clips in one point", xy[0], (0, 8), textcoords="offset points", ha="center", fontsize=7)
-        ax.set_title(name, fontsize=9)
-        ax.set_xlabel(line, fontsize=8)
+        ax.set_title(name, **_text(9))
+        ax.set_xlabel(line, **_text(8))
     _furnish(fig, axes[:len(panels)], handles, scale, _claim(title, held_out), caption, legend)
     return fig
 
@@ -501,12 +518,12 @@ def _furnish(
     "Add title, legend or colour bar, and caption to a figure of maps."
     width, height = fig.get_size_inches()
     title = _wrapped(title, width, 12.5)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, **_text(10))
     height += 0.17 * len(title.splitlines()) + 0.12
     if scale is not None:
         width += 0.75
         bar = fig.colorbar(scale, ax=list(axes), pad=0.02)
-        bar.set_label(heading, fontsize=8)
+        bar.set_label(heading, **_text(8))
         bar.ax.tick_params(labelsize=8)
     if len(handles) > 24:
         caption, handles = f"{caption}\n{len(handles)} classes, by colour and shape".strip(), []
@@ -517,13 +534,13 @@ def _furnish(
     room = below + (0.165 * -(-len(handles) // across) + 0.2 * bool(heading) + 0.1 if len(handles) > 1 else 0)
     fig.set_size_inches(width, height + room)
     fig.get_layout_engine().set(rect=(0, room / (height + room), 1, height / (height + room)))
-    fig.text(0.5, 0.04 / (height + room), caption, ha="center", va="bottom", fontsize=8, color="#444444")
+    fig.text(0.5, 0.04 / (height + room), caption, ha="center", va="bottom", color="#444444", **_text(8))
     if len(handles) > 1:
-        fig.legend(
+        _literal(fig.legend(
             handles=handles, loc="lower center", bbox_to_anchor=(0.5, below / (height + room)), ncols=across,
             fontsize=8, frameon=False, title=heading or None, title_fontsize=8, handletextpad=0.1, columnspacing=0.8,
             borderaxespad=0.1, labelspacing=0.3, markerscale=max(1, (20 / handles[0].get_sizes()[0]) ** 0.5),
-        )
+        ))
 
 # %% ../nbs/22_plots.ipynb #3d3b35a7
 def plot_map(
@@ -589,6 +606,7 @@ def save_html_map(
     *,
     held_out: str | None, # which clips these are, "fold 5, 80 clips"; None when the training saw them
     colour: str | None = None, # the column that colours the points; None: "label" when there is one
+    names: Sequence[str] | None = None, # of the classes that may occur in that column, in the order of their colours
     plotlyjs: bool | str = True, # True: inside the file; "directory": one plotly.min.js beside it; "cdn": from the web
 ) -> Path:
     "Write a map to explore in a browser and return its path."
@@ -603,7 +621,7 @@ def save_html_map(
     if colour is not None and colour not in columns:
         raise ValueError(f"there is no column {colour!r} to colour by; the table has {', '.join(columns) or 'none'}")
     hover = _hover_texts(columns, len(xy))
-    traces = _traces(xy, columns.get(colour), colour, hover)
+    traces = _traces(xy, columns.get(colour), colour, hover, names)
     fig = go.Figure([go.Scatter(hoverinfo="text", **trace) for trace in traces])
     plain = dict(visible=False, showgrid=False)
     fig.update_layout(
@@ -639,6 +657,7 @@ def _traces(
     values: np.ndarray | None, # (n,) what colours the points
     heading: str | None, # of the colour bar
     hover: np.ndarray, # (n,) texts
+    names: Sequence[str] | None, # of the classes, in the order of their colours
 ) -> list[dict]:
     "Return what plotly draws: one trace per class, or one with a colour bar."
     def trace(rows, **marker):
@@ -654,7 +673,7 @@ def _traces(
         known = np.isfinite(values)
         return [trace(~known, color=_UNLABELLED) | dict(showlegend=False),
                 trace(known, color=values[known].tolist(), **bar) | dict(showlegend=False)]
-    codes, names = _classes(values, None)
+    codes, names = _classes(values, names)
     symbols = ("circle", "triangle-up", "square", "diamond", "triangle-down")
     classes = [trace(codes == i, color=_COLOURS[i % 12], symbol=symbols[i // 12 % 5]) | dict(name=escape(n))
                for i, n in enumerate(names)]
@@ -706,7 +725,7 @@ def plot_spectrogram(
     ax = fig.subplots()
     image = _draw_spectrogram(ax, spec, frame_seconds, _limits(spec))
     fig.colorbar(image, ax=ax, pad=0.01).ax.tick_params(labelsize=8)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, **_text(10))
     ax.set_xlabel("time (s)", fontsize=8)
     ax.set_ylabel("mel band", fontsize=8)
     ax.tick_params(labelsize=8)
@@ -736,7 +755,7 @@ def plot_masks(
         ax.pcolormesh(mask.reshape(grid_size).T, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.2)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        ax.set_title(titles[i] if titles else f"{mask.mean():.0%} masked", fontsize=8)
+        ax.set_title(titles[i] if titles else f"{mask.mean():.0%} masked", **_text(8))
     fig.supxlabel("time", fontsize=8)
     fig.supylabel("band", fontsize=8)
     return fig
@@ -807,7 +826,7 @@ def plot_reconstruction(
     axes[1].set_ylabel("mel band", fontsize=8)
     axes[2].set_xlabel("time (s)", fontsize=8)
     if title:
-        fig.suptitle(title, fontsize=10)
+        fig.suptitle(title, **_text(10))
     return fig
 
 # %% ../nbs/22_plots.ipynb #52c41b38
@@ -819,6 +838,8 @@ _TITLES = {
     "contrastive": "contrastive loss", "uniformity": "uniformity loss", "reconstruction": "reconstruction error",
     "heldout_reconstruction": "reconstruction error", "grad_norm": "gradient norm",
 }
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _is_score(
@@ -880,7 +901,8 @@ def _draw_curves(
             ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.45)
         ax.plot(*thick, color=colour, linewidth=1.3, marker=dots, markersize=5)
     title, *second = _curve_title(name).split("\n")
-    ax.set_title("\n".join([title + (rf" ($\times 10^{{{power}}}$)" if power else ""), *second]), fontsize=8)
+    scale = f" (×10{str(power).translate(_SUPERSCRIPTS)})" if power else ""
+    ax.set_title("\n".join([title + scale, *second]), **_text(8))
     ax.set_yscale("log" if log else "linear")
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.25, linewidth=0.5)
@@ -954,10 +976,10 @@ def _curve_grid(
                 _draw_curves(ax, line[j], [(colour or plain, runs) for colour, runs in curves[line[j]]])
                 lowest = i + 1 == len(places) or j >= len(places[i + 1])
                 ax.xaxis.set_tick_params(labelbottom=lowest)
-                ax.set_xlabel(axis if lowest else "", fontsize=7)
+                ax.set_xlabel(axis if lowest else "", **_text(7))
             else:
                 ax.set_visible(False)
-    fig.suptitle(_wrapped(title, 1.7 * columns, 12.5), fontsize=10) if title else None
+    fig.suptitle(_wrapped(title, 1.7 * columns, 12.5), **_text(10)) if title else None
     return fig
 
 # %% ../nbs/22_plots.ipynb #1d52ca6d
@@ -1002,8 +1024,10 @@ def _line_legend(
     fig.set_size_inches(width, height + room)
     fig.get_layout_engine().set(rect=(0, room / (height + room), 1, height / (height + room)))
     handles = [Line2D([], [], color=colour, label=name) for name, colour in style.items()]
-    fig.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=across, fontsize=8, frameon=False,
-               handlelength=1.2, columnspacing=1.0, borderaxespad=0.1, labelspacing=0.3)
+    _literal(fig.legend(
+        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=across, fontsize=8, frameon=False,
+        handlelength=1.2, columnspacing=1.0, borderaxespad=0.1, labelspacing=0.3,
+    ))
 
 # %% ../nbs/22_plots.ipynb #f858ad1a
 def plot_confusion(
@@ -1026,9 +1050,9 @@ def plot_confusion(
         if n:
             ink = "white" if share[i, j] > 0.55 else "#222222"
             ax.text(j, i, f"{n:g}", ha="center", va="center", fontsize=7, color=ink)
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **_text(8))
+    ax.set_yticks(range(len(names)), names, **_text(8))
     ax.set_xlabel("predicted", fontsize=8)
     ax.set_ylabel("true", fontsize=8)
-    fig.suptitle(_claim(title, held_out), fontsize=9)
+    fig.suptitle(_claim(title, held_out), **_text(9))
     return fig

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +238,25 @@ def test_evaluate_map_and_embed(run, sounds, tmp_path, capsys):
     assert len(table) == 40 and table["embedding"].map(len).eq(32).all()
     assert set(table["label"]) == set(os.listdir(sounds))
     assert not out.with_suffix(".skipped.csv").exists()
+
+
+def test_a_class_has_one_colour_on_both_maps(run, monkeypatch):
+    """Whoever looks a clip up on the page that has stood out in the picture looks for its colour."""
+    from matplotlib.colors import to_hex
+
+    from audiomaepp import plots
+
+    figures, plain = [], plots.plot_maps
+    monkeypatch.setattr(plots, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
+    found = cli.evaluate_run(run, quiet=True)
+    some = found.test.labels > 0  # the first class has no clip among them
+    part = dict(test=found.test.select(some), test_x=found.test_x[some], floor_x=found.floor_x[some])
+    cli.draw_run(run, replace(found, **part))
+    page = (run / "pictures" / "map.html").read_text(encoding="utf-8")
+    traces, _ = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))
+    drawn = {h.get_label(): to_hex(h.get_facecolor()[0]).upper() for h in figures[0].axes[0].collections}
+    shown = {t["name"]: t["marker"]["color"] for t in traces if t["x"]}
+    assert len(shown) == 3 and shown.items() <= drawn.items()
 
 
 def test_an_unknown_colour_is_named(run):

@@ -1,5 +1,6 @@
 """What does not read as a story about `audiomaepp.plots`: what it imports, leaves behind, and refuses."""
 
+import json
 import subprocess
 import sys
 
@@ -145,6 +146,60 @@ def test_pages_hold_no_foreign_markup(tmp_path):
     table, path = {bad: [bad, bad]}, tmp_path / "m.html"
     save_html_map(np.zeros((2, 2)), table, path, bad, held_out=bad, colour=bad, plotlyjs="cdn")
     assert "<img" not in path.read_text() and path.read_text().count("</script>") == path.read_text().count("<script")
+
+
+AS_TEX = ("$x^{$", "$a$ $b_", r"\$5 \alpha$", "$$", "_$a$_")
+
+
+def pictures(text):
+    "Every picture with `text` wherever a picture has text."
+    xy, spec = np.random.default_rng(0).normal(size=(8, 2)), np.random.default_rng(1).normal(size=(16, 8))
+    rows = [{"epoch": e, "loss": 10.0 ** -e, text: 1e-6 * e, f"heldout_{text}": e} for e in (1, 2, 3)]
+    said, labels = dict(title=text, held_out=text), [text, "b"] * 4
+    yield plot_map(xy, labels, caption=text, numbers={text: 0.5}, legend=text, **said)
+    yield plot_map(xy, np.linspace(0, 1, 8), legend=text, **said)
+    yield plot_maps([(text, xy)], np.arange(8) % 2, names=[text, "b"], numbers={text: {text: 0.5}}, **said)
+    yield plot_shift(xy, xy + 1, labels, caption=text, **said)
+    yield plot_spectrogram(spec, text)
+    yield plot_masks(np.zeros(8), (2, 4), [text])
+    yield plot_reconstruction(spec, np.arange(8) % 2, np.ones((8, 16)), (4, 4), text)
+    yield plot_history(rows, text, "epoch")
+    yield plot_histories({text: rows, "b": [rows, rows]}, title=text, axis="epoch")
+    yield plot_confusion(np.eye(2), [text, "b"], **said)
+
+
+@pytest.mark.parametrize("text", AS_TEX)
+def test_text_from_data_is_drawn_as_it_is_and_never_as_a_formula(text):
+    from matplotlib.text import Text
+
+    for fig in pictures(text):
+        assert fig._repr_png_()
+        drawn = [t for t in fig.findobj(Text) if r"\mathdefault{10^" not in t.get_text()] # of a logarithmic axis
+        assert any(text in t.get_text().replace("\N{NO-BREAK SPACE}", " ") for t in drawn)
+        assert not [t for t in drawn if "$" in t.get_text() and t.get_parse_math()]
+
+
+def test_a_power_of_ten_stands_in_the_title_without_a_formula():
+    fig = plot_history([{"epoch": e, "lr": 3e-6 * e, "steps": 2e12 * e} for e in (1, 2)], axis="epoch")
+    assert {ax.get_title() for ax in fig.axes if ax.get_visible()} == {"learning rate (×10⁻⁶)", "steps (×10¹²)"}
+
+
+def test_a_class_has_one_colour_on_the_map_and_on_the_page(tmp_path):
+    """Ten comes after two for a reader and before it for a computer; held-out clips need not show every class."""
+    from matplotlib.colors import to_hex
+
+    classes, shown = ["1", "2", "9", "10", "11"], ["10", None, "2", "11", "2"]
+    xy, codes = np.arange(10.0).reshape(5, 2), [classes.index(c) if c else -1 for c in shown]
+    fig = plot_map(xy, codes, held_out="x", names=classes)
+    by_name = {h.get_label(): h for h in fig.axes[0].collections if len(h.get_offsets())}
+    drawn = {name: to_hex(h.get_facecolor()[0]).upper() for name, h in by_name.items()}
+    path = save_html_map(xy, {"label": shown}, tmp_path / "m.html", held_out="x", names=classes, plotlyjs="cdn")
+    page = path.read_text(encoding="utf-8")
+    traces, _ = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))
+    assert {t["name"]: t["marker"]["color"] for t in traces if t["x"]} == drawn
+    assert [t["name"] for t in traces if t["x"]] == ["unlabelled", "2", "10", "11"]
+    with pytest.raises(ValueError, match="'12'"):
+        save_html_map(xy, {"label": ["12"] * 5}, tmp_path / "m.html", held_out="x", names=classes)
 
 
 CLASSES = np.arange(120) % 4
