@@ -64,8 +64,11 @@ def param_groups(
 class History:
     "What a run measured, row by row; prints as a table, plots itself."
 
-    def __init__(self, rows: list[dict] | None = None):
-        self.rows = rows or []
+    def __init__(
+        self,
+        rows: list[dict] | None = None, # empty cells of a table that was read (None, NaN or "") are left out
+    ):
+        self.rows = [{k: v for k, v in row.items() if v is not None and v == v and v != ""} for row in rows or []]
 
     @property
     def columns(self) -> list[str]:
@@ -73,7 +76,7 @@ class History:
         return list(dict.fromkeys(k for row in self.rows for k in row))
 
     def shown(self, most: int = 12) -> list[dict]: # the last rows
-        "The rows worth a look: those with held-out scores if there are any, at the most `most`."
+        "The rows worth a look: those with validation scores if there are any, at the most `most`."
         scored = [r for r in self.rows[:-1] if len(r) == len(self.columns)] + self.rows[-1:]
         return (scored if len(scored) > 1 else self.rows)[-most:]
 
@@ -102,8 +105,14 @@ class History:
         writer.writerows(self.rows)
         write_atomic(path, text.getvalue().encode())
 
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike) -> "History":
+        "Read what `to_csv` wrote."
+        with open(path, newline="", encoding="utf-8") as file:
+            return cls([{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)])
+
     def plot(self):
-        "Every loss and every held-out score against the epoch, each in its own panel."
+        "Every loss and every score against the step, each in its own panel."
         from audiomaepp.plots import plot_history  # plots know arrays alone, so this is no circle
         return plot_history(self.rows)
 
@@ -113,6 +122,16 @@ def _short(value) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _value(text: str) -> int | float | str:
+    "A cell of a CSV file as the number that was written."
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _text_table(columns: list[str], rows: list[dict]) -> str:

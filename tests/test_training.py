@@ -1,14 +1,16 @@
 """Training learns: the reconstruction gets better, on clips it never saw as well, and every loss is written down."""
 
 import csv
+import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from audiomaepp.cli import DataArgs, train_run
 from audiomaepp.config import Config
-from audiomaepp.train import Trainer
+from audiomaepp.train import History, Trainer
 
 ALWAYS = {"epoch", "step", "lr", "loss", "reconstruction", "grad_norm", "clips_per_s"}
 
@@ -40,6 +42,25 @@ def test_two_epochs(tmp_path, contrastive, uniformity):
     with open(tmp_path / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [{k: float(v) for k, v in row.items()} for row in rows] == history.rows
+
+
+def test_a_history_that_is_read_back_shows_what_it_showed(tmp_path):
+    history = History()
+    for epoch in range(1, 31):  # scores in some rows only, as every training leaves them
+        row = {"epoch": epoch, "step": 7 * epoch, "lr": 1e-4 / epoch, "loss": 1 / 3 / epoch}
+        history.rows.append(row | ({"accuracy": epoch / 31} if epoch % 5 == 0 else {}))
+    history.to_csv(tmp_path / "history.csv")
+    with open(tmp_path / "history.csv", newline="") as file:
+        strings = list(csv.DictReader(file))
+    read = [History.from_csv(tmp_path / "history.csv"), History(json.loads(json.dumps(history.rows))),
+            History(pd.read_csv(tmp_path / "history.csv").to_dict("records"))]  # fmt: skip
+    assert read[0].rows == read[1].rows == history.rows
+    for again in read:
+        assert (str(again), again._repr_html_()) == (str(history), history._repr_html_())
+        assert "nan" not in str(again) and again["accuracy"] == history["accuracy"] and again.plot()._repr_png_()
+    assert len(History(strings).shown()) == len(history.shown()) == 6
+    History().to_csv(tmp_path / "none.csv")
+    assert len(History.from_csv(tmp_path / "none.csv")) == 0
 
 
 def test_a_checkpoint_within_the_first_epoch_finds_its_folder(tmp_path):
