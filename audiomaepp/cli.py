@@ -137,6 +137,7 @@ def train_run(
     out = Path(out)
     if resume:
         trainer = Trainer.resume(out, quiet=quiet, epochs=cfg.epochs)
+        trainer.history = _renamed(trainer.history)
         cfg = trainer.cfg
         opened = open_again(out, cfg, quiet)
     elif (out / "checkpoint.safetensors").exists():
@@ -152,7 +153,7 @@ def train_run(
         data.save(out / "data.json", protocol, train, test)
     if leader and not quiet:
         print(*_skipped_lines(train.skipped), protocol, sep="\n")
-        print(f"of the training part, {len(fitted)} to fit the weights and {len(held)} to choose the checkpoint")
+        print(f"training part: {len(fitted)} clips fit the weights, {len(held)} validation clips choose the checkpoint")
     trainer.transform = augment(cfg, build_frontend(cfg)).to(trainer.device)
     validation = Validation(fitted, held, cfg)
     history = trainer.fit(make_loader(fitted, cfg), validation, validation.best_by)
@@ -166,6 +167,11 @@ def _without_validation(train: Recordings, seed: int) -> tuple[Recordings, Recor
     if len(held) == len(train):
         raise ValueError(f"{len(train)} recordings are too few to train on; at least two would do")
     return train.select(np.setdiff1d(np.arange(len(train)), held)), train.select(held)
+
+
+def _renamed(history: History) -> History:
+    "A run's history under today's names: its validation scores were once called held out."
+    return History([{re.sub("^heldout_", "validation_", k): v for k, v in row.items()} for row in history.rows])
 
 
 def _skipped_lines(skipped: list, most: int = 5) -> list[str]:
@@ -227,7 +233,8 @@ def draw_run(
     table = table.assign(path=[Path(p).name if os.path.exists(p) else p for p in table["path"]])
     save_html_map(places["this model"], table, folder / "map.html", run.name, held_out=evaluation.protocol,
                   colour=colour if colour in table else None, names=classes)
-    plot_history(_read_history(run), run.name, axis="epoch").savefig(folder / "losses.png", dpi=110)
+    history = _renamed(History.from_csv(run / "history.csv"))
+    plot_history(history.rows, run.name, axis="epoch").savefig(folder / "losses.png", dpi=110)
     return [folder / "map.png", folder / "map.html", folder / "losses.png", *draw_reconstructions(run, test)]
 
 
@@ -235,14 +242,6 @@ def _numbers(scores: dict) -> dict:
     "The numbers that stand under a map."
     titles = {"knn": "kNN-10", "linear": "linear", "rankme": "RankMe"}
     return {title: scores[key] for key, title in titles.items() if key in scores}
-
-
-def _read_history(run: Path) -> list[dict]:
-    "The rows of history.csv."
-    import csv
-
-    with open(run / "history.csv", newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
 
 # %% ../nbs/40_cli.ipynb #f1a9730c
 def draw_reconstructions(

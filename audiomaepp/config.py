@@ -245,7 +245,7 @@ class _Training:
     loader_timeout: int = 600 # seconds to wait for a batch of these processes before training stops; 0 is no limit
     max_unreadable: float = 0.05 # share of training clips that may become unreadable before training stops
     keep_checkpoints: int = 2 # newest checkpoints that stay in the run's folder
-    eval_every: int = 5 # epochs between evaluations on held-out clips; 0 evaluates at the end only
+    eval_every: int = 5 # epochs between evaluations on validation clips; 0 evaluates at the end only
     eval_steps: int = 0 # steps between further evaluations within an epoch, where epochs are long; 0 is none
     seed: int = 0 # of everything random
 

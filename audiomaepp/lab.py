@@ -77,17 +77,19 @@ class Validation:
         train: Recordings, # what the weights are fitted to
         held: Recordings, # validation clips
         cfg: Config, # of the model
+        clips: str = "validation", # what the scores call those clips; "heldout" where they choose nothing
     ):
         self.cfg, self.frontend = cfg, build_frontend(cfg)
         self.train, self.held = probe_loader(train, cfg), probe_loader(held, cfg)
         self.labelled = all((y >= 0).any() for _, y in (self.train, self.held))
-        self.best_by = "knn" if self.labelled else "-heldout_reconstruction"
+        self.clips, self.best_by = clips, "knn" if self.labelled else f"-{clips}_reconstruction"
 
     def __call__(self, model: AudioMAEPlusPlus) -> dict[str, float]:
         "Reconstruction error, uniformity and RankMe of the validation clips; with labels, alignment and kNN accuracy."
         torch.manual_seed(self.cfg.seed)  # the same masks each time; the trainer gave us a fork of the random state
         held, errors = self.embed(model, self.held[0], reconstruct=True)
-        scores = {"heldout_reconstruction": float(np.mean(errors))} | _geometry(held, self.held[1])
+        scores = {"reconstruction": float(np.mean(errors))} | _geometry(held, self.held[1])
+        scores = {name if name == "rankme" else f"{self.clips}_{name}": score for name, score in scores.items()}
         if self.labelled:
             scores["knn"] = knn_accuracy(self.embed(model, self.train[0])[0], self.train[1], held, self.held[1])
         return scores
@@ -109,9 +111,9 @@ class Validation:
 def _geometry(x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     "What needs no other clips: alignment (where a class has two), uniformity, RankMe."
     x = torch.from_numpy(x)
-    scores = {"heldout_uniformity": uniformity_loss(x).item(), "rankme": rankme(x).item()}
+    scores = {"uniformity": uniformity_loss(x).item(), "rankme": rankme(x).item()}
     together = alignment(x, torch.from_numpy(labels)).item()
-    return scores if np.isnan(together) else {"heldout_alignment": together} | scores
+    return scores if np.isnan(together) else {"alignment": together} | scores
 
 # %% ../nbs/23_lab.ipynb #7318acbf
 def floor_features(
@@ -378,7 +380,7 @@ def _train(
     bar: tqdm, # counts epochs
 ) -> tuple[AudioMAEPlusPlus, History]: # the last weights, what was measured
     "Fit one model; the held-out clips are looked at, and choose nothing."
-    watch = _Watch(Validation(*parts, cfg), bar)
+    watch = _Watch(Validation(*parts, cfg, "heldout"), bar)
     options = dict(transform=augment(cfg, build_frontend(cfg)), callback=watch.row, quiet=True)
     begun = (folder / "checkpoint.safetensors").exists()
     trainer = Trainer.resume(folder, **options) if begun else Trainer(cfg, out_dir=folder, **options)

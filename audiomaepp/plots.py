@@ -9,6 +9,7 @@ __all__ = ['umap_2d', 'trustworthiness', 'AlignedMaps', 'aligned_umap', 'MapPane
 
 # %% ../nbs/22_plots.ipynb #9b350e60
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -831,30 +832,37 @@ def plot_reconstruction(
 
 # %% ../nbs/22_plots.ipynb #52c41b38
 _AXES = ("step", "epoch") # what time is counted in
-_HELD_OUT = "heldout_" # begins the name of a score on held-out clips; bare "uniformity" is the loss on training clips
-_SCORES = ("knn", "linear", "alignment", "rankme") # of held-out clips without that beginning
+_CLIPS = {"validation_": "validation clips", "heldout_": "held-out clips"} # bare names are losses on training clips
+_SCORES = ("knn", "linear", "alignment", "rankme") # of the same clips, without that beginning
 _TITLES = {
     "loss": "total loss", "lr": "learning rate", "knn": "kNN-10 accuracy", "linear": "linear probe", "rankme": "RankMe",
     "contrastive": "contrastive loss", "uniformity": "uniformity loss", "reconstruction": "reconstruction error",
-    "heldout_reconstruction": "reconstruction error", "grad_norm": "gradient norm",
+    "grad_norm": "gradient norm", **{f"{clips}reconstruction": "reconstruction error" for clips in _CLIPS},
 }
-
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _is_score(
     name: str, # of the column
 ) -> bool:
-    "Return whether a column was measured on held-out clips."
-    return name in _SCORES or name.startswith(_HELD_OUT)
+    "Return whether a column was measured on clips that were not trained on."
+    return name in _SCORES or name.startswith(tuple(_CLIPS))
+
+
+def _scored_on(
+    names: Sequence[str], # of the columns
+) -> str:
+    "Return which clips the scores are of."
+    return next((said for begin, said in _CLIPS.items() if any(n.startswith(begin) for n in names)), "held-out clips")
 
 
 def _curve_title(
     name: str, # of the column
+    clips: str, # that scores are of
 ) -> str:
     "Return what stands above a panel."
-    title = _TITLES.get(name) or name.removeprefix(_HELD_OUT).replace("_", " ")
-    return title + ("\n(held-out clips)" if _is_score(name) else "")
+    title = _TITLES.get(name) or re.sub(f"^({'|'.join(_CLIPS)})", "", name).replace("_", " ")
+    return title + (f"\n({clips})" if _is_score(name) else "")
 
 
 def _series(
@@ -885,6 +893,7 @@ def _draw_curves(
     ax, # matplotlib axes
     name: str, # of the curves
     groups: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray]]]], # (colour, [(times, values) of every run])
+    clips: str, # that scores are of
 ) -> None:
     "Draw a group of runs in one colour: each run thin, what is common to them thick."
     every = np.concatenate([y for _, runs in groups for _, y in runs])
@@ -900,7 +909,7 @@ def _draw_curves(
         for x, y in thin:
             ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.45)
         ax.plot(*thick, color=colour, linewidth=1.3, marker=dots, markersize=5)
-    title, *second = _curve_title(name).split("\n")
+    title, *second = _curve_title(name, clips).split("\n")
     scale = f" (×10{str(power).translate(_SUPERSCRIPTS)})" if power else ""
     ax.set_title("\n".join([title + scale, *second]), **_text(8))
     ax.set_yscale("log" if log else "linear")
@@ -937,13 +946,13 @@ def plot_history(
     columns: int = 3, # panels in a row
     skip: Sequence[str] = ("seconds", "clips_per_s", "n_train", "n_test"), # columns that are no curve
 ) -> "Figure":
-    "Return a panel for each loss and, in rows of their own, for each score on held-out clips."
+    "Return a panel for each loss and, in rows of their own, for each score on clips that were not trained on."
     named = _columns(rows, skip)
     curves = {n: _series(rows, n, axis) for n in named}
     curves = {n: [(None, [c])] for n, c in curves.items() if len(c[0])}
     if not curves:
         raise ValueError(f"there is no curve to draw over {axis!r}; rows hold {', '.join(named) or 'nothing'}")
-    return _curve_grid(curves, title, axis, columns)
+    return _curve_grid(curves, _scored_on(named), title, axis, columns)
 
 
 def _columns(
@@ -956,13 +965,14 @@ def _columns(
 
 def _curve_grid(
     curves: Mapping[str, Sequence], # {column: what _draw_curves takes}
+    clips: str, # that scores are of
     title: str, # above the panels
     axis: str, # below them
     columns: int, # panels in a row
 ) -> "Figure":
-    "Return a panel for each column, losses first and held-out scores in rows of their own."
+    "Return a panel for each column, losses first and scores in rows of their own."
     scores = [n for n in curves if _is_score(n)]
-    scores.sort(key=lambda n: (n not in ("knn", "linear")) + (n == "heldout_reconstruction"))
+    scores.sort(key=lambda n: (n not in ("knn", "linear")) + n.endswith("_reconstruction"))
     losses = [n for n in curves if n not in scores]
     losses.sort(key=lambda n: (n != "loss") + (n in ("lr", "grad_norm"))) # the total first, the learning rate last
     places = [group[i:i + columns] for group in (losses, scores) for i in range(0, len(group), columns)]
@@ -973,7 +983,7 @@ def _curve_grid(
         for j, ax in enumerate(axes[i]):
             if j < len(line):
                 plain = _COLOURS[3 if _is_score(line[j]) else 0]
-                _draw_curves(ax, line[j], [(colour or plain, runs) for colour, runs in curves[line[j]]])
+                _draw_curves(ax, line[j], [(colour or plain, runs) for colour, runs in curves[line[j]]], clips)
                 lowest = i + 1 == len(places) or j >= len(places[i + 1])
                 ax.xaxis.set_tick_params(labelbottom=lowest)
                 ax.set_xlabel(axis if lowest else "", **_text(7))
@@ -990,7 +1000,7 @@ def plot_histories(
     axis: str = "step", # what runs to the right: "step" or "epoch"
     across: int = 3, # panels in a row
 ) -> "Figure":
-    "Return a panel for each loss and each held-out score, a line for each setting, one legend."
+    "Return a panel for each loss and each score, a line for each setting, one legend."
     seeds = {name: [rows] if rows and isinstance(rows[0], Mapping) else list(rows) for name, rows in runs.items()}
     every = [row for rows in seeds.values() for run in rows for row in run]
     named = _columns(every, ("seconds", "clips_per_s", "n_train", "n_test", "loss", "grad_norm"))
@@ -1006,7 +1016,7 @@ def plot_histories(
             curves[column] = lines
     if not curves:
         raise ValueError(f"there is no curve to draw over {axis!r}; the runs hold {', '.join(named) or 'nothing'}")
-    fig = _curve_grid(curves, title, axis, across)
+    fig = _curve_grid(curves, _scored_on(named), title, axis, across)
     _line_legend(fig, style)
     return fig
 

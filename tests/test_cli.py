@@ -18,7 +18,7 @@ from audiomaepp import cli
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, synthesize
 from audiomaepp.finetune import Classifier
-from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, design
+from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, Validation, design
 from audiomaepp.train import Trainer
 
 TINY = """--warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
@@ -211,6 +211,32 @@ def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypat
     for name in ("model", "checkpoint"):
         one, two = (load_file(folder / f"{name}.safetensors") for folder in (whole, out))
         assert one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one), name
+
+
+def test_training_calls_validation_clips_by_their_name(tmp_path, capsys, monkeypatch):
+    """They are a part of the training clips and choose the checkpoint: who takes their score for a held-out one is
+    misled. A run of an earlier version, which called them held out, goes on under the right name."""
+    from audiomaepp import plots
+
+    flags = ["--synthetic-clips", "5", "--eval-every", "1", *TINY]
+    cli.main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "run")])
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "Validation", lambda *parts: Validation(*parts, clips="heldout"))
+        cli.main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "old")])
+    first, second = capsys.readouterr().out.split("The run is in")[:2]
+    assert "validation clips choose the checkpoint" in first
+    assert "validation_reconstruction" in first and "heldout" not in first and "heldout_reconstruction" in second
+    pictures, plain = [], plots.plot_history
+    monkeypatch.setattr(plots, "plot_history", lambda *a, **k: pictures.append(plain(*a, **k)) or pictures[-1])
+    for name in ("run", "old"):
+        cli.draw_run(tmp_path / name, cli.evaluate_run(tmp_path / name, quiet=True))
+    cli.main(["train", "--resume", "--out", str(tmp_path / "old"), "--epochs", "2"])
+    rows = rows_of(tmp_path / "old" / "history.csv")
+    assert len(rows) == 2 and not [name for name in rows[0] if "heldout" in name]
+    for figure in pictures:
+        titles = [ax.get_title() for ax in figure.axes if ax.get_visible()]
+        assert "kNN-10 accuracy\n(validation clips)" in titles and "reconstruction error\n(validation clips)" in titles
+        assert not [title for title in titles if "held-out" in title]
 
 
 def test_evaluate_map_and_embed(run, sounds, tmp_path, capsys):

@@ -26,12 +26,12 @@ def test_two_epochs(tmp_path, contrastive, uniformity):
     assert len(history) == 2 and history["epoch"] == [1, 2]
     before, after = history["reconstruction"]
     assert after < 0.9 * before, "the reconstruction does not get better"
-    before, after = history["heldout_reconstruction"]
-    assert after < before, "what was learned does not carry over to held-out clips"
+    before, after = history["validation_reconstruction"]
+    assert after < before, "what was learned does not carry over to validation clips"
 
     extra = {name for name, on in (("contrastive", contrastive), ("uniformity", uniformity)) if on}
-    heldout = {"heldout_reconstruction", "heldout_uniformity", "rankme", "knn"}  # one clip of a class: no alignment
-    assert set(history.columns) == ALWAYS | extra | heldout
+    scores = {"validation_reconstruction", "validation_uniformity", "rankme", "knn"}  # no class has two
+    assert set(history.columns) == ALWAYS | extra | scores
     weights = {"contrastive": cfg.contrastive_weight, "uniformity": cfg.uniformity_weight}
     for row in history.rows:
         assert all(np.isfinite(value) for value in row.values())
