@@ -216,9 +216,10 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
-def _and(names: Sequence[str]) -> str:
-    "a, b and c."
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+def _quoted(*names: str) -> str:
+    "Names of settings in a sentence: “neither”, “contrastive” and “both”."
+    quoted = [f"“{name}”" for name in names]
+    return " and ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))
 
 # %% ../nbs/23_lab.ipynb #7a3fdc1b
 def open_parts(
@@ -547,10 +548,11 @@ class Verdict:
         of = [_count(self.seeds, "seed")] + [_count(self.clips, "held-out clip")] * bool(self.clips)
         name, low = MEASURES[self.column], f"±{self.margin:.2g}, {', '.join(of)}"
         if len(self.leaders) > 1:
-            return f"{name}: {_and(self.leaders)} are equal"
+            return f"{name}: {_quoted(*self.leaders)} are equal"
+        best, second = _quoted(self.best), _quoted(self.second)
         if self.clear:
-            return f"{name}: {self.best} is best, {self.gap:.2g} better than {self.second} (more than {low})"
-        leads = f"{name}: {self.best} leads {self.second} by {self.gap:.2g}"
+            return f"{name}: {best} is best, {self.gap:.2g} better than {second} (more than {low})"
+        leads = f"{name}: {best} leads {second} by {self.gap:.2g}"
         if self.gap > self.margin:
             return f"{leads} (more than {low}), but one seed does not tell whether another would say so too"
         return f"{leads}, which is within the spread ({low})"
@@ -611,10 +613,11 @@ class _Verdicts:
         "Sentences that belong below the table."
         words = [*self.against_floor(), *map(str, self.verdicts())]
         warned = self.scores.groupby("setting", sort=False) if self.results else {}
-        words += [f"{name}: {text}" for name, part in warned for text in part["warning"].unique() if text]
-        words += [f"{setting} (seed {seed}) failed: {why}" for (setting, seed), why in self.failed.items()]
+        words += [f"{_quoted(name)}: {text}" for name, part in warned for text in part["warning"].unique() if text]
+        words += [f"{_quoted(setting)} (seed {seed}) failed: {why}" for (setting, seed), why in self.failed.items()]
         if self.unfinished:
-            words.append("not finished: " + ", ".join(f"{setting} (seed {seed})" for setting, seed in self.unfinished))
+            runs = ", ".join(f"{_quoted(setting)} (seed {seed})" for setting, seed in self.unfinished)
+            words.append(f"not finished: {runs}")
         if n := len(self.skipped):
             words.append(f"{_count(n, 'recording')} left out: {'it' if n == 1 else 'they'} could not be read")
         return words
@@ -624,7 +627,7 @@ def _who(names: list[str], of: int) -> str:
     "Some of so many rows, as the beginning of a sentence; more than four are counted, not named."
     if 4 < len(names) < of:
         return f"{len(names)} of {of} are"
-    return "all are" if len(names) == of > 1 else f"{_and(names)} {'is' if len(names) == 1 else 'are'}"
+    return "all are" if len(names) == of > 1 else f"{_quoted(*names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _seed_margin(rows, column: str, compared: list[str]) -> float:
@@ -1031,8 +1034,9 @@ class _Sections:
             verdict = self._verdict(others, "knn", 1)
             if verdict and not verdict.clear:
                 after = verdict.best
-                why = f"{why}, though not clearly" if verdict.gap else f": {_and(verdict.leaders)} have the same kNN-10"
-        words = escape(f"From {rows.index[0]} to {after}{why}.")
+                same = f": {_quoted(*verdict.leaders)} have the same kNN-10"
+                why = f"{why}, though not clearly" if verdict.gap else same
+        words = escape(f"From {_quoted(rows.index[0])} to {_quoted(after)}{why}.")
         return f'<p class="soft">{words}</p>{self.shift(rows.index[0], after)._repr_html_()}'
 
     def _settings(self) -> str:

@@ -1,9 +1,11 @@
 """The lab is fair: one start, one order, one held-out part for all; nothing leaks; a kill changes no number."""
 
 import dataclasses
+import html
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -336,7 +338,7 @@ def test_a_training_that_diverges_is_reported_and_the_others_are_compared(sounds
     monkeypatch.setattr(Trainer, "fit", fit)
     result = compare_losses(sounds, TWO, base=config(epochs=1), out=tmp_path / "out", quiet=True)
     assert list(result.table.index) == ["neither", FLOOR, CHANCE] and not result.unfinished
-    assert "both (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help" in str(result)
+    assert "“both” (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help" in str(result)
     result.save(tmp_path / "saved")
     assert Comparison.load(tmp_path / "saved").failed == result.failed
 
@@ -348,7 +350,7 @@ def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, 
             path.unlink()
     halfway = Comparison.load(tmp_path)
     assert list(halfway.table.index) == [FLOOR, CHANCE] and len(halfway.scores) == 0
-    assert len(halfway.unfinished) == 4 and "not finished: neither (seed 0)" in str(halfway) + halfway._repr_html_()
+    assert len(halfway.unfinished) == 4 and "not finished: “neither” (seed 0)" in str(halfway) + halfway._repr_html_()
     assert "not finished" in halfway.to_html(tmp_path / "report.html", pictures=False).read_text()
     lab.run_folder(tmp_path, FLOOR, 0).joinpath("results.json").unlink()
     with pytest.raises(ValueError, match="goes on with it"):
@@ -424,7 +426,7 @@ def test_one_seed_names_no_best(comparison):
 
 def test_rows_that_are_equal_are_called_so(comparison):
     tied = with_scores(comparison, "knn", {"neither": (0.1, 0.2), "both": (0.2, 0.1)})
-    assert str(verdict(tied)) == "kNN-10: neither · mean and both · mean are equal"
+    assert str(verdict(tied)) == "kNN-10: “neither · mean” and “both · mean” are equal"
 
 
 def test_many_rows_are_counted_and_few_are_named():
@@ -432,7 +434,7 @@ def test_many_rows_are_counted_and_few_are_named():
 
     rows = [f"row {i}" for i in range(9)]
     assert (_who(rows, 9), _who(rows[:6], 9)) == ("all are", "6 of 9 are")
-    assert (_who(rows[:1], 9), _who(rows[:2], 9)) == ("row 0 is", "row 0 and row 1 are")
+    assert (_who(rows[:1], 9), _who(rows[:2], 9)) == ("“row 0” is", "“row 0” and “row 1” are")
 
 
 def test_the_floor_is_put_in_words(comparison):
@@ -444,9 +446,21 @@ def test_the_floor_is_put_in_words(comparison):
     assert said(0.3, 0.4, 0.75).endswith("all are below it")
     assert said(0.9, 1.0, 0.1).endswith("all are above it by more than the interval")
     assert said(0.3, 0.99, 0.4).endswith(
-        "neither · mean is below it; both · mean is above it by more than the interval")
+        "“neither · mean” is below it; “both · mean” is above it by more than the interval")
     assert said(0.5, 0.55, 0.5).endswith("all are above it by no more than the interval")
-    assert said(0.3, 1.0, 0.4, seeds=1).endswith("both · mean is above it by more than the interval")
+    assert said(0.3, 1.0, 0.4, seeds=1).endswith("“both · mean” is above it by more than the interval")
+
+
+def test_a_sentence_tells_the_name_of_a_setting_from_its_own_words(comparison, tmp_path):
+    """A setting may be called neither, both or all: "neither is below it" would say of all rows what holds of one."""
+    changed = with_scores(comparison, "knn", {"neither": (0.3, 0.3), "both": (0.99, 0.99)}, 0.4)
+    changed.results[0].warning, changed.failed = "they have collapsed", {("both", 7): "the loss is nan"}
+    changed.histories = {}
+    page = html.unescape(changed.to_html(tmp_path / "report.html", pictures=False).read_text("utf-8"))
+    said = [*changed.remarks(), *re.findall("From .*? to .*?</p>", page)]
+    assert len(said) >= 7
+    for sentence in said:
+        assert not re.search(r"(?<!“)\b(neither|both)\b", sentence.removesuffix("would say so too")), sentence
 
 
 # ---- what moved
@@ -527,9 +541,9 @@ def test_the_report_calls_no_row_of_equals_the_best(comparison, tmp_path):
     results = [lab.Result(**{**vars(r), "scores": {**r.scores, "knn": 0.5}}) for r in comparison.results]
     tied = Comparison(**{**vars(comparison), "results": results})
     page = tied.to_html(tmp_path / "report.html", pictures=False).read_text()
-    same = "neither · cls, both · mean and both · cls have the same kNN-10"
-    assert f"From neither · mean to neither · cls: {same}." in page
-    assert f"kNN-10: neither · mean, {same.removesuffix(' have the same kNN-10')} are equal" in page
+    same = "“neither · cls”, “both · mean” and “both · cls” have the same kNN-10"
+    assert f"From “neither · mean” to “neither · cls”: {same}." in page
+    assert f"kNN-10: “neither · mean”, {same.removesuffix(' have the same kNN-10')} are equal" in page
 
 
 def test_clips_are_shown_with_what_tells_them_apart(comparison):
@@ -675,7 +689,7 @@ def test_a_killed_comparison_goes_on_and_comes_to_the_same_numbers(tmp_path):
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     try:
         halfway = Comparison.load(out)
-        assert halfway.unfinished == [("both", 0)] and "not finished: both (seed 0)" in str(halfway)
+        assert halfway.unfinished == [("both", 0)] and "not finished: “both” (seed 0)" in str(halfway)
         first = out / "neither" / "seed0"
         untouched = {path: path.stat().st_mtime_ns for path in first.iterdir()}
         reached = read_progress(checkpoint)["rows"]
