@@ -40,6 +40,8 @@ class Notebook(pytest.File):
                     item.add_marker("slow")
                 if cell.directives.get("eval", "").lower() == "false":
                     item.add_marker(pytest.mark.skip(reason="eval: false"))
+                if (needs := cell.directives.get("needs")) and not (self.path.parent / needs).exists():
+                    item.add_marker(pytest.mark.skip(reason=f"needs {needs}, which is not there"))
                 self.cells.append(item)
         return self.cells
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DIRECTIVES = ["#| export\nx = 1", "#| default_exp it", "# words", "#| eval: false\n1/0", "#| slow\nx = 2"]
 DIRECTIVES += ["assert x == 1"]
+NEEDS = ["x = 1", "#| slow\n#| needs: ../recordings\nx = 2", "#| needs: .\nx = 3", "assert x == 3"]
 BOOKS = {
     "red": ["x = 1", "def half(v):\n    return v / 0", "y = 2\nhalf(x)", "assert y == 2", "z = 1"],
     "assertion": ["x = 1", "assert 1 == 2"],
@@ -21,6 +22,7 @@ BOOKS = {
     "coroutine": ["x = 1", "await nothing()"],
     "exit": ["x = 1", "raise SystemExit(1)"],
     "directives": DIRECTIVES,
+    "needs": NEEDS,
     "shell": [
         "from pathlib import Path\nhere = Path.cwd()",
         "assert (here / 'shell.ipynb').exists()",
@@ -87,6 +89,11 @@ def test_directives(run, result):
     slow = {"directives": {"PASSED": 2, "SKIPPED": 1, "FAILED": 1}}  # the slow cell ran: x is 2
     assert run("--slow", "directives.ipynb")[1] == slow
     assert run("directives.ipynb", AUDIOMAEPP_SLOW="1")[1] == slow
+
+
+def test_a_cell_that_needs_files_beside_the_clone_says_so_where_they_are_not(run):
+    out, counts = run("--slow", "needs.ipynb")
+    assert counts["needs"] == {"PASSED": 3, "SKIPPED": 1} and "needs ../recordings, which is not there" in out
 
 
 def test_a_cell_chosen_alone_brings_the_cells_before_it(run):
