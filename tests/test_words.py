@@ -26,3 +26,60 @@ def test_a_name_in_the_prose_is_in_the_code(book, code):
     quoted = re.findall(r"`([A-Za-z_][A-Za-z_\d.]*)(?:\(\))?`", "\n".join(cells(book, "markdown")))
     gone = {name for name in quoted if not all(part in code for part in name.split("."))}
     assert not gone - ELSEWHERE
+
+
+# ---- figures
+
+
+QUALITY = json.loads((ROOT / "benchmarks" / "quality.json").read_text("utf-8"))["data"]
+TUTORIAL = ROOT / "nbs" / "tutorials" / "what_each_loss_does.ipynb"
+PLACES = {
+    "README": (ROOT / "README.md").read_text("utf-8"),
+    "tutorial": "\n".join(cells(TUTORIAL, "markdown")),
+    "quality.py": (ROOT / "benchmarks" / "quality.py").read_text("utf-8"),
+}
+
+
+def figures(data, row):
+    "kNN-10 and linear probe as the pages write them."
+    return " / ".join(f"{QUALITY[data]['table'][row][score]:.2f}" for score in ("knn", "linear"))
+
+
+def test_the_table_of_the_first_page_is_that_of_the_benchmark():
+    columns = ("with labels", "without labels", "log-mel statistics (floor)")
+    for begin, data in (("ESC-10", "esc10"), ("FSDD", "fsdd"), ("the built-in", "synthetic")):
+        (line,) = (line for line in PLACES["README"].splitlines() if line.startswith(f"| {begin}"))
+        assert [cell.strip() for cell in line.split("|")[2:5]] == [figures(data, column) for column in columns]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_tells_the_digits_scores_tells_who_chose_the_cut(place):
+    """Every speaker judged trials that chose `top_db`: without this, the scores look as if nobody had."""
+    text = " ".join(PLACES[place].split())
+    assert "`top_db`" in text and "six speakers" in text
+    assert "0.80 / 0.80 with labels and 0.54 / 0.62 without" in text
+    assert not re.search("(nothing|none) (is|was|of them) chosen? by the held-out clips", text, re.I)
+
+
+@pytest.mark.parametrize("place", ["README", "tutorial"])
+def test_no_place_calls_a_tie_a_gain(place):
+    """On the built-in sounds, kNN without labels is that of the statistics of three segments."""
+    table = QUALITY["synthetic"]["table"]
+    ours, theirs = (table[row]["knn"] for row in ("without labels", "the same in three segments"))
+    assert ours == theirs and f"{ours:.3f}" == "0.477"
+    text = " ".join(PLACES[place].split())
+    assert "0.477" in text and figures("synthetic", "the same in three segments").split(" / ")[1] in text
+
+
+def test_what_the_tutorial_shows_of_the_files_beside_it_is_what_they_hold():
+    import pandas as pd
+
+    shown = [c["outputs"] for c in json.loads(TUTORIAL.read_text("utf-8"))["cells"]
+             if c["cell_type"] == "code" and "benchmarks/" in "".join(c["source"])]  # fmt: skip
+    texts = ["".join(out["text"] if "text" in out else out["data"]["text/plain"]) for outs in shown for out in outs]
+    trials = pd.read_csv(ROOT / "benchmarks" / "trials.csv")
+    assert any(f"{len(trials)} trials" in text for text in texts), "the plot of the trials is older than their table"
+    numbers = re.findall(r"\d\.\d\d ± \d\.\d\d", "\n".join(texts))
+    rows = [row for part in QUALITY.values() for row in part["table"].values()]
+    want = [f"{row[k]:.2f} ± {row[k + '_sd_parts']:.2f}" for row in rows for k in ("knn", "linear")]
+    assert numbers == want
