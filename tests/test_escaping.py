@@ -8,6 +8,7 @@ import pkgutil
 import re
 from html.parser import HTMLParser
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -190,6 +191,12 @@ def test_every_class_that_shows_itself_as_html_is_tried():
                if cls.__module__ == module.__name__ and name[0] != "_" and hasattr(cls, "_repr_html_")}  # fmt: skip
     tried = {Config, History, Report, Recordings, Skipped, Hits, lab.Comparison, lab.Shift}
     assert classes - {AudioMAEEmbedder} == tried  # scikit-learn shows that one
+
+
+def test_one_function_escapes_for_all_modules():
+    package = Path(audiomaepp.__file__).parent
+    import_html = re.compile(r"^\s*(import html|from html import|.*\bmarkupsafe\b)", re.M)
+    assert [p.name for p in package.glob("*.py") if import_html.search(p.read_text("utf-8"))] == ["config.py"]
 
 
 @pytest.mark.parametrize("text", MARKUP)
