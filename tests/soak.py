@@ -491,7 +491,8 @@ def soak(base: Path, quick: bool, seed: int) -> list[Tally]:
         told(tally)
         full_disks(job, base, 2 if quick else 20, rng, tally := line(f"{job.name}: no room for a file"))
         told(tally)
-    small_disk(todo[0], base, [800] if quick else [60, 300, 800, 1100, 1400, 1800, 2500], tally := line("train: a small disk"))
+    sizes = [800] if quick else [60, 300, 800, 1100, 1400, 1800, 2500]
+    small_disk(todo[0], base, sizes, tally := line("train: a small disk"))
     told(tally)
     vanishing(base, 2 if quick else 16, rng, tally := line("train: data vanish"))
     told(tally)

@@ -556,7 +556,7 @@ def test_a_setting_that_fails_is_said_and_the_rest_is_compared(all_fail, compare
         assert "no training came to an end" in refused(*line)
     else:
         cli.main(line)
-    words = "contrastive_weight=0.5 (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help"
+    words = "“contrastive_weight=0.5” (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help"
     assert words in capsys.readouterr().out and words in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
