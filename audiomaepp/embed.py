@@ -9,11 +9,11 @@ __all__ = ['as_wave', 'frames_of', 'frame_times', 'embed_frames', 'as_pieces', '
 # %% ../nbs/20_embed.ipynb #1ab9ca9b
 import hashlib
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from torch import Tensor
 from .audio import AudioError, build_frontend, load_audio, resample, stream_audio, windows
 from .config import Config
 from .data import Recordings, Skipped, open_recordings
-from .files import write_atomic
+from .files import Stop, Stopped, make_folder, only_writer, replacing, stopping, sweep, write_atomic
 from .model import AudioMAEPlusPlus, cpu_state
 from .pooling import frame_embeddings
 
@@ -123,6 +123,7 @@ class _Windows:
         self,
         cut: Iterable[_Window], # of any number of recordings
         pooling_mode: str | None = None, # the config's when left out
+        before: Callable[[], None] | None = None, # called before each batch; what it raises ends the stream
     ) -> Iterator[tuple[_Window, np.ndarray]]: # each with its (D,) float64 vector, in order
         "Embed a stream of windows; no more than some batches of them are in memory."
         cut = iter(cut)
@@ -130,6 +131,8 @@ class _Windows:
             order, vectors = sorted(range(len(some)), key=lambda i: some[i].length), {}
             for first in range(0, len(some), self.batch_size):
                 rows = order[first : first + self.batch_size]
+                if before is not None:
+                    before()
                 wav, lengths = torch.stack([some[i].wave for i in rows]), torch.tensor([some[i].length for i in rows])
                 vectors.update(zip(rows, self._embed(wav, lengths, pooling_mode), strict=True))
             yield from ((window, vectors[i]) for i, window in enumerate(some))
@@ -159,10 +162,11 @@ class _Windows:
         cut: Iterable[_Window],
         pooling_mode: str | None,
         windows: bool, # keep windows apart
+        before: Callable[[], None] | None = None, # see `embed_windows`
     ) -> Iterator[tuple[int, list[tuple[float, float, np.ndarray]]]]: # number; start and end (s) and vector of its rows
         "Recordings that were read to their end, each with its rows."
         clip, rate = -1, self.cfg.sample_rate
-        for window, vector in self.embed_windows(cut, pooling_mode):
+        for window, vector in self.embed_windows(cut, pooling_mode, before):
             if window.clip != clip:
                 clip, found = window.clip, []
             found.append((window.start / rate, (window.start + window.length) / rate, vector))
@@ -341,7 +345,7 @@ def write_parquet(
     notes = {f"audiomaepp.{k}": v for k, v in notes.items()}
     sink = pa.BufferOutputStream()
     pq.write_table(arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **notes}), sink)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     write_atomic(path, sink.getvalue().to_pybytes())
 
 # %% ../nbs/20_embed.ipynb #70db8005
@@ -383,33 +387,54 @@ def _storable(table): # DataFrame → DataFrame
     return plain
 
 
+def _remove_half(path: Path):
+    "Remove the Parquet file that an earlier version had not finished when it was killed."
+    with suppress(OSError):
+        with open(path, "rb") as file:
+            begun = file.read(4) == b"PAR1"
+            file.seek(-4, os.SEEK_END)
+            done = file.read(4) == b"PAR1"
+        if begun and not done:
+            path.unlink()
+
+
 class _Store:
-    "A Parquet file that grows by parts and survives being killed; one process at a time."
+    "A Parquet file that grows by parts and survives being killed; its process is the only writer."
 
     def __init__(
         self,
         out: str | os.PathLike, # the file
         notes: dict[str, str], # by which model, how pooled, a row for what
         states: dict[str, tuple[int, int]], # path → state, of all recordings that belong into it
+        save_seconds: float, # at most about this long between two parts
     ):
         import pyarrow as pa
 
-        self.out, self.notes, self.states = Path(out), notes, states
+        self.out, self.notes, self.states, self.save_seconds = Path(out), notes, states, save_seconds
+        self.rows, self.saved = [], time.monotonic()
         self.parts = self.out.with_name(self.out.name + ".parts")
         number, real = pa.int64(), pa.float64()
         kinds = dict(path=pa.string(), start=real, end=real, size=number, modified=number)
         self.schema = pa.schema([*kinds.items(), ("embedding", pa.list_(pa.float32()))])
         self.done: dict[str, int] = {}  # path → the number of the source that has it as it is now
         self.sources: list[Path] = []
+        sweep(self.parts)
+        _remove_half(self.out.with_name(self.out.name + ".whole"))
         for path in [self.out, *sorted(self.parts.glob("*.parquet"))]:
             if path.exists():
                 self._take(path)
 
     def _take(self, path: Path):
         "Count what a file holds as done; raises `ValueError` if it was made otherwise, or of other recordings."
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kept, others = pq.read_schema(path).metadata or {}, set()
+        try:
+            kept, others = pq.read_schema(path).metadata or {}, set()
+        except (pa.ArrowInvalid, OSError):
+            kept = {}
+        if b"audiomaepp.model" not in kept:
+            raise ValueError(f"{path} was not written by audiomaepp embed; choose another output or move that one away")
         for name, value in self.notes.items():
             there = kept.get(f"audiomaepp.{name}".encode(), b"nothing of the kind").decode()
             if there != value:
@@ -427,14 +452,23 @@ class _Store:
         self.sources.append(path)
 
     def add(self, rows: list[dict]):
-        "Write some whole recordings."
+        "Take the rows of a whole recording, and write what has come together when it is time."
+        self.rows += rows
+        if time.monotonic() - self.saved > self.save_seconds:
+            self.close()
+
+    def close(self):
+        "Write the rows that are in no part yet."
         import pandas as pd
 
+        if not self.rows:
+            return
         last = self.sources[-1].stem if self.sources and self.sources[-1] != self.out else "-1"
         path = self.parts / f"{int(last) + 1:06d}.parquet"
-        write_parquet(pd.DataFrame(rows), path, self.notes, self.schema)
-        self.done.update({row["path"]: len(self.sources) for row in rows})
+        write_parquet(pd.DataFrame(self.rows), path, self.notes, self.schema)
+        self.done.update({row["path"]: len(self.sources) for row in self.rows})
         self.sources.append(path)
+        self.rows, self.saved = [], time.monotonic()
 
     def finish(
         self,
@@ -450,9 +484,7 @@ class _Store:
         columns = pa.Schema.from_pandas(plain, preserve_index=False)
         added = [self.schema.field(name) for name in _OWN]
         schema = pa.schema([*columns, *added], {f"audiomaepp.{k}": v for k, v in self.notes.items()})
-        whole = self.out.with_name(self.out.name + ".whole")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(whole, schema) as writer:
+        with replacing(self.out) as whole, pq.ParquetWriter(whole, schema) as writer:
             for number, source in enumerate(self.sources):
                 for batch in pq.ParquetFile(source).iter_batches(columns=self.schema.names):
                     pairs = [(i, row) for i, path in enumerate(batch.column("path").to_pylist())
@@ -461,10 +493,38 @@ class _Store:
                     found = found.take([i for i, _ in pairs]) if pairs else found.slice(0, 0)
                     own = pa.Table.from_pandas(plain.iloc[[row for _, row in pairs]], columns, preserve_index=False)
                     writer.write_table(pa.table([*own.columns, *(found[f.name] for f in added)], schema=schema))
-        with open(whole, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(whole, self.out)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        for part in [source for source in self.sources if source != self.out]:
+            part.unlink()
+        with suppress(OSError):  # unless the user has put something there
+            self.parts.rmdir()
+
+# %% ../nbs/20_embed.ipynb #70db8007
+def _rows_of(
+    generate: _Recordings, # embeds
+    recordings: Recordings,
+    todo: list[int], # numbers of those to embed
+    states: dict[str, tuple[int, int]], # path → what says whether it has changed
+    skipped: Skipped, # gets (path, reason) of what fails
+    pooling_mode: str, # see `extract_embedding`
+    windows: bool, # a row for each window
+    workers: int | None, # threads that decode
+    quiet: bool, # no progress bar
+    stop: Stop | None = None, # ends the stream with `Stopped`
+) -> Iterator[list[dict]]: # all those of one recording
+    "The rows of recordings, as they are ready."
+    def failed(number: int, error: AudioError):
+        skipped.append((recordings.paths[todo[number]], error.reason))
+
+    def ask():
+        if stop is not None and stop.signum:
+            raise Stopped(stop.signum)
+
+    pieces = decoded(recordings, todo, workers, quiet)
+    cut = _cut_all(pieces, generate.cfg.clip_samples, generate.hop, failed)
+    for number, found in generate._whole(cut, pooling_mode, windows, ask):
+        path = recordings.paths[todo[number]]
+        own = dict(zip(("size", "modified"), states[path], strict=True))
+        yield [dict(path=path, start=start, end=end, **own, embedding=vector) for start, end, vector in found]
 
 # %% ../nbs/20_embed.ipynb #70db8006
 class EmbeddingGenerator(_Recordings):
@@ -480,44 +540,35 @@ class EmbeddingGenerator(_Recordings):
         workers: int | None = None, # threads that decode; default: one for each core
         save_seconds: float = 60.0, # at most about this long between two parts of `out`
     ): # DataFrame: the recordings' columns, start and end (s), `embedding`; `.attrs["skipped"]` lists (path, reason)
-        """Embed a folder; a bad file is skipped and listed. Killed and called again with the same `out`, it goes on.
+        """Embed a folder; a bad file is skipped and listed. Stopped and called again with the same `out`, it goes on.
 
-        Raises `ValueError` where `out` was made by another model, in another way or of other recordings.
+        Raises `ValueError` where `out` was made by another model, in another way or of other recordings, `OutputError`
+        where another process writes to it, and `Stopped` when a signal has ended it and what was embedded is saved.
         """
         import pandas as pd
 
-        recordings = open_recordings(folder, self.cfg.sample_rate)
-        table, paths, pooling_mode = recordings.table, recordings.paths, pooling_mode or self.cfg.pooling_mode
-        if clash := [name for name in _OWN if name in table]:
-            raise ValueError(f"the recordings have a column {clash[0]!r}, which is added here; another name would do")
-        states = {path: _state_of(path, wave) for path, wave in zip(paths, recordings.waves, strict=True)}
-        kind = "windows" if windows else "recordings"
-        notes = {"model": fingerprint(self.model), "pooling_mode": pooling_mode, "rows": kind, "hop": str(self.hop)}
-        store = _Store(out, notes, states) if out is not None else None
-        skipped, rows, saved = Skipped(recordings.skipped), [], time.monotonic()
-        named = {path: i for i, path in reversed(list(enumerate(paths))) if store is None or _is_utf8(path, skipped)}
-        todo = [i for path, i in sorted(named.items(), key=lambda item: item[1]) if not store or path not in store.done]
-
-        def failed(number: int, error: AudioError):
-            skipped.append((paths[todo[number]], error.reason))
-
-        cut = _cut_all(decoded(recordings, todo, workers, quiet), self.cfg.clip_samples, self.hop, failed)
-        for number, found in self._whole(cut, pooling_mode, windows):
-            path = paths[todo[number]]
-            size, modified = states[path]
-            rows += [dict(path=path, start=start, end=end, size=size, modified=modified, embedding=vector)
-                     for start, end, vector in found]
-            if store is not None and time.monotonic() - saved > save_seconds:
-                store.add(rows)
-                rows, saved = [], time.monotonic()
-        if store is None:
-            columns = ["path", *_OWN]
-            result = table.merge(pd.DataFrame(rows, columns=columns), on="path", sort=False)
-        else:
-            if rows:
-                store.add(rows)
-            store.finish(table[[path in named for path in paths]])
-            result = pd.read_parquet(out)
+        with only_writer(out, folder=False) if out is not None else nullcontext():
+            recordings = open_recordings(folder, self.cfg.sample_rate)
+            table, paths, pooling = recordings.table, recordings.paths, pooling_mode or self.cfg.pooling_mode
+            if clash := [name for name in _OWN if name in table]:
+                raise ValueError(f"the recordings have a column {clash[0]!r}, which is added here; rename theirs")
+            states = {path: _state_of(path, wave) for path, wave in zip(paths, recordings.waves, strict=True)}
+            kind = "windows" if windows else "recordings"
+            notes = {"model": fingerprint(self.model), "pooling_mode": pooling, "rows": kind, "hop": str(self.hop)}
+            store = _Store(out, notes, states, save_seconds) if out is not None else None
+            done, skipped = store.done if store else {}, Skipped(recordings.skipped)
+            named = {path: i for i, path in reversed(list(enumerate(paths))) if not store or _is_utf8(path, skipped)}
+            todo = [i for path, i in sorted(named.items(), key=lambda item: item[1]) if path not in done]
+            how = dict(pooling_mode=pooling, windows=windows, workers=workers, quiet=quiet)
+            if store is None:
+                rows = [row for found in _rows_of(self, recordings, todo, states, skipped, **how) for row in found]
+                result = table.merge(pd.DataFrame(rows, columns=["path", *_OWN]), on="path", sort=False)
+            else:
+                with stopping() as stop, closing(store):
+                    for found in _rows_of(self, recordings, todo, states, skipped, stop=stop, **how):
+                        store.add(found)
+                store.finish(table[[path in named for path in paths]])
+                result = pd.read_parquet(out)
         result.attrs["skipped"] = skipped
         return result
 
