@@ -519,12 +519,12 @@ def _rows_of(
         if stop is not None and stop.signum:
             raise Stopped(stop.signum)
 
-    pieces = decoded(recordings, todo, workers, quiet)
-    cut = _cut_all(pieces, generate.cfg.clip_samples, generate.hop, failed)
-    for number, found in generate._whole(cut, pooling_mode, windows, ask):
-        path = recordings.paths[todo[number]]
-        own = dict(zip(("size", "modified"), states[path], strict=True))
-        yield [dict(path=path, start=start, end=end, **own, embedding=vector) for start, end, vector in found]
+    with closing(decoded(recordings, todo, workers, quiet)) as pieces:
+        cut = _cut_all(pieces, generate.cfg.clip_samples, generate.hop, failed)
+        for number, found in generate._whole(cut, pooling_mode, windows, ask):
+            path = recordings.paths[todo[number]]
+            own = dict(zip(("size", "modified"), states[path], strict=True))
+            yield [dict(path=path, start=start, end=end, **own, embedding=vector) for start, end, vector in found]
 
 # %% ../nbs/20_embed.ipynb #70db8006
 class EmbeddingGenerator(_Recordings):

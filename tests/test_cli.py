@@ -17,6 +17,7 @@ import audiomaepp
 from audiomaepp import cli
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, synthesize
+from audiomaepp.files import MARKER
 from audiomaepp.finetune import Classifier
 from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, Validation, design
 from audiomaepp.train import Trainer
@@ -164,7 +165,8 @@ def test_training_leaves_a_run_folder(run, sounds):
     assert {p.name for p in run.iterdir()} >= {
         "config.json", "model.safetensors", "checkpoint.safetensors", "history.csv", "data.json",
     }  # fmt: skip
-    assert not [p.name for p in run.iterdir() if p.name.startswith(".")], "a temporary file was left behind"
+    hidden = [p.name for p in run.iterdir() if p.name.startswith(".")]
+    assert hidden == [MARKER], "a temporary file or a lock was left behind"
     cfg = Config.load(run / "config.json")
     assert (cfg.embed_dim, cfg.epochs) == (32, 2)
     facts = json.loads((run / "data.json").read_text(encoding="utf-8"))
@@ -189,7 +191,7 @@ def test_a_finished_run_resumes_to_itself(run):
     assert len(rows_of(run / "history.csv")) == 2
 
 
-def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypatch, capsys):
     "Stopped with Ctrl-C after an epoch, resumed by the very words that it said: the same model as in one go."
     out, flags = tmp_path / "stopped", ["--epochs", "2", "--eval-every", "1", *TINY]
     whole = tmp_path / "whole"
@@ -201,10 +203,10 @@ def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.Trainer, "_save", save_and_stop)
-    message = refused("train", "--data", sounds, "--out", out, *flags)
+    assert refused("train", "--data", sounds, "--out", out, *flags) == 130
     monkeypatch.undo()
-    (words,) = [line for line in message.splitlines() if "audiomaepp train --resume" in line]
-    again = words[words.index("audiomaepp train") :].split(" goes on")[0].split()[1:]
+    (words,) = [line for line in capsys.readouterr().err.splitlines() if "audiomaepp train --resume" in line]
+    again = words[words.index("audiomaepp train") :].split(" continues")[0].split()[1:]
     assert len(rows_of(out / "history.csv")) == 1
     cli.main(again)
     assert len(rows_of(out / "history.csv")) == 2
@@ -349,7 +351,7 @@ def test_finetune_scores_the_clips_that_the_run_held_out(run, sounds, tmp_path, 
     assert f"accuracy {results['accuracy']:.3f}" in capsys.readouterr().out
     again = Classifier.from_pretrained(tmp_path / "tuned")
     assert again.classes == sorted(p.name for p in sounds.iterdir())
-    assert "already holds a run" in refused("finetune", run, "--out", tmp_path / "tuned")
+    assert "already holds a classifier" in refused("finetune", run, "--out", tmp_path / "tuned")
     assert "--data with a folder would do" in refused("finetune", "nano", "--out", tmp_path / "b")
 
 
@@ -494,7 +496,7 @@ def test_the_same_command_goes_on_and_trains_nothing_again(compared, compare, mo
     assert (out / "table.csv").read_bytes() == table
 
 
-def test_a_stopped_comparison_goes_on_and_comes_to_the_same_numbers(compared, compare, tmp_path, monkeypatch):
+def test_a_stopped_comparison_goes_on_and_comes_to_the_same_numbers(compared, compare, tmp_path, monkeypatch, capsys):
     "Stopped with Ctrl-C in its second training."
     out, whole, trained = tmp_path / "out", Trainer.fit, []
 
@@ -505,8 +507,8 @@ def test_a_stopped_comparison_goes_on_and_comes_to_the_same_numbers(compared, co
         return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "fit", fit)
-    message = refused(*compare, "--out", out, "--no-maps")
-    assert "Stopped" in message and "same command goes on" in message and not (out / "report.html").exists()
+    assert refused(*compare, "--out", out, "--no-maps") == 130
+    assert "The same command continues" in capsys.readouterr().err and not (out / "report.html").exists()
     cli.main([*compare, "--out", str(out), "--no-maps"])
     assert trained == [0, 0.5, 0.5] and Comparison.load(out).same_as(Comparison.load(compared[0]))
 

@@ -1,7 +1,6 @@
-"""What others made stays, one process writes at a time, and a signal costs nothing but the time until the next start."""
+"""What others made stays, one process writes at a time, and a signal loses nothing that was computed."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
