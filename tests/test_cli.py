@@ -352,7 +352,7 @@ def test_finetune_scores_the_clips_that_the_run_held_out(run, sounds, tmp_path, 
     again = Classifier.from_pretrained(tmp_path / "tuned")
     assert again.classes == sorted(p.name for p in sounds.iterdir())
     assert "already holds a classifier" in refused("finetune", run, "--out", tmp_path / "tuned")
-    assert "--data with a folder would do" in refused("finetune", "nano", "--out", tmp_path / "b")
+    assert "name a folder with --data" in refused("finetune", "nano", "--out", tmp_path / "b")
 
 
 # ---- settings side by side

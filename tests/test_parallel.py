@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import audiomaepp
 from audiomaepp.config import Config
+from audiomaepp.files import MARKER
 from audiomaepp.model import AudioMAEPlusPlus, cpu_state, split_by_noise
 from audiomaepp.train import Trainer, read_progress
 
@@ -275,7 +276,7 @@ def test_the_command_under_two_processes(tmp_path):
     said = torchrun(str(entry), "train", "--out", run, *flags)
     for name in ("config.json", "model.safetensors", "checkpoint.safetensors", "history.csv", "data.json"):
         assert (run / name).stat().st_size > 0, name
-    assert not list(run.glob(".*")), "a temporary file was left behind"
+    assert [p.name for p in run.glob(".*")] == [MARKER], "a temporary file was left behind"
     assert len((run / "history.csv").read_text().splitlines()) == 3
     assert said.count("The run is in") == 1, said
     from audiomaepp.cli import evaluate_run
