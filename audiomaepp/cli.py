@@ -77,7 +77,7 @@ from audiomaepp.lab import (
 from .model import AudioMAEPlusPlus
 from .pretrained import load_official
 from .search import SoundIndex
-from .train import History, Trainer, read_progress
+from .train import Checkpoints, History, Trainer
 
 # %% ../nbs/40_cli.ipynb #81b18308
 @dataclass(frozen=True)
@@ -252,14 +252,14 @@ def compare_recordings(
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda each: each[2].digest(), touched))
     changes = [
-        *(f"{name} was in the {_PARTS[old['part']]} and is in the {_PARTS[row.part]}" for name, old, row in both
-          if row.part != old["part"]),
+        *(f"{key[0]} is missing or cannot be read" for key in before if key not in now),
+        *(f"{key[0]} is new" for key in now if key not in before),
         *(f"{name} has other contents" for (name, old, _), digest in zip(touched, digests, strict=True)
           if not _same(old["digest"], digest)),
         *(f"{name} had the label {old['label']!r} and has {row.label!r}" for name, old, row in both
           if row.label != old["label"]),
-        *(f"{key[0]} is missing or cannot be read" for key in before if key not in now),
-        *(f"{key[0]} is new" for key in now if key not in before),
+        *(f"{name} was in the {_PARTS[old['part']]} and is in the {_PARTS[row.part]}" for name, old, row in both
+          if row.part != old["part"]),
     ]
     if not changes:
         order = {part: [now[key].i for key in before if now[key].part == part] for part in _PARTS}
@@ -544,7 +544,7 @@ class Train:
 
     def as_begun(self) -> tuple[DataArgs, Config]:
         "The run's own data and settings; raises `ValueError` at a flag that says otherwise, except for epochs."
-        cfg = Config.from_dict(read_progress(Path(self.out) / "checkpoint.safetensors")["config"])
+        cfg = Config.from_dict(Checkpoints(self.out).read()["config"])
         data, preset = DataArgs.load(Path(self.out) / "data.json"), Config.preset(self.preset)
         asked = dataclasses.replace(self.data, data=self.data.place())
         for flags, usual, run in ((asked, DataArgs(), data), (self.config, preset, cfg)):
@@ -983,7 +983,7 @@ def main(
     except KeyboardInterrupt as stopped:
         if _is_main():
             words = command.after_stop() if hasattr(command, "after_stop") else ""
-            print(f"\nStopped. {words}".rstrip(), file=sys.stderr)
+            print(f"\n{stopped or 'Stopped'}. {words}".rstrip(), file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     except (ValueError, FileNotFoundError, FloatingPointError, OutputError) as error:
         if os.environ.get("AUDIOMAEPP_DEBUG"):

@@ -362,7 +362,8 @@ def _table_of(path: Path, extensions: frozenset[str]):
     paths, skipped = _walk(path.absolute(), extensions)
     if not paths:
         broken = f" that can be opened ({skipped[0][0]} {skipped[0][1]})" if skipped else ""
-        raise ValueError(f"{path} holds no audio{broken}; files that end in {' '.join(sorted(extensions))} count")
+        told = f"{path} holds no audio{broken}; files that end in {' '.join(sorted(extensions))} count"
+        raise NoRecordings(told, Skipped(skipped))
     return _folder_table(paths), skipped
 
 # %% ../nbs/11_data.ipynb #803d9e78

@@ -264,7 +264,7 @@ class Stopped(KeyboardInterrupt):
         signum: int, # number of the signal
         message: str = "", # what was stopped and what is saved
     ):
-        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
+        super().__init__(message or f"Stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
 
