@@ -53,11 +53,14 @@ from .embed import EmbeddingGenerator
 from .evaluate import Report, chance, make_report, wilson_interval
 from audiomaepp.files import (
     OutputError,
+    check_fields,
     check_table,
     claim,
     made_by,
     make_folder,
+    naming,
     only_writer,
+    read_json,
     remove_claimed,
     write_atomic,
 )
@@ -91,6 +94,12 @@ class DataArgs:
     group_from: str | None = None # regular expression that finds the group in a file's name
     fraction: float = 0.2 # part that is held out where nothing else says what is
     synthetic_clips: int = 50 # clips of each of the twelve built-in classes
+
+    def __post_init__(self):
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction must be between 0 and 1, got {self.fraction!r}; use 0.2 to hold out a fifth")
+        if not 1 <= self.synthetic_clips <= 1000:
+            raise ValueError(f"synthetic_clips must be from 1 to 1000, got {self.synthetic_clips!r}; use 50")
 
     def find(
         self,
@@ -138,9 +147,9 @@ class DataArgs:
 
     @classmethod
     def load(cls, path: Path) -> "DataArgs":
-        "Read back what `save` wrote."
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{f.name: facts[f.name] for f in dataclasses.fields(cls)})
+        "Read back what `save` wrote; raises `ValueError` that names the file where it is damaged."
+        with naming(path):
+            return cls(**check_fields(read_json(path), get_type_hints(cls), path))
 
 
 def open_again(
@@ -150,7 +159,7 @@ def open_again(
 ) -> tuple[Recordings, Recordings, str]: # training part, held-out part, what was done in words
     "A run's recordings, split as they were. Raises `ValueError` that names what has changed in them since."
     path = Path(run) / "data.json"
-    data, facts = DataArgs.load(path), json.loads(path.read_text(encoding="utf-8"))
+    data, facts = DataArgs.load(path), check_fields(read_json(path), dict(held_out=str, seed=int), path, ["seed"])
     train, test, protocol = data.open(cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run))
     if path.with_name("recordings.csv").exists():
         train, test, changes = compare_recordings(path.with_name("recordings.csv"), train, test, data.data)
@@ -442,8 +451,9 @@ def draw_run(
     table = table.assign(path=[Path(p).name if os.path.exists(p) else p for p in table["path"]])
     save_html_map(places["this model"], table, folder / "map.html", run.name, held_out=evaluation.protocol,
                   colour=colour if colour in table else None, names=classes)
-    history = _renamed(History.from_csv(run / "history.csv"))
-    plot_history(history.rows, run.name, axis="epoch").savefig(folder / "losses.png", dpi=110)
+    with naming(run / "history.csv"):
+        history = _renamed(History.from_csv(run / "history.csv"))
+        plot_history(history.rows, run.name, axis="epoch").savefig(folder / "losses.png", dpi=110)
     return [folder / "map.png", folder / "map.html", folder / "losses.png", *draw_reconstructions(run, test)]
 
 

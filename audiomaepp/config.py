@@ -8,14 +8,15 @@ __all__ = ['POOLING_MODES', 'MASK_MODES', 'PRESETS', 'Config', 'escape']
 # %% ../nbs/00_config.ipynb #3b216df0
 import difflib
 import html
+import inspect
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from .files import write_atomic
+from .files import read_json, shown, write_atomic
 
 # %% ../nbs/00_config.ipynb #1ba8b691
 POOLING_MODES = ("cls", "mean", "cls+mean")
@@ -29,19 +30,22 @@ def _bad(
     remedy: str, # what would do
 ) -> ValueError:
     "The error for one bad setting."
-    return ValueError(f"{field}={value!r} {problem}; {remedy}")
+    return ValueError(f"{field}={shown(value)} {problem}; {remedy}")
 
 # %% ../nbs/00_config.ipynb #4027fca5
-def _need_int(field: str, value: Any, least: int = 1):
-    "Raise unless `value` is a whole number of at least `least`."
+def _need_int(field: str, value: Any, least: int = 1, most: int = 2**31 - 1):
+    "Raise unless `value` is a whole number from `least` to `most`."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _bad(field, value, f"is not a whole number of at least {least}", f"{least} is the smallest that would do")
+    if value > most:
+        raise _bad(field, value, f"must be at most {most}", f"use {most} or less")
 
 
 def _need_float(field: str, value: Any, low: float, high: float, remedy: str, open_low=False,
                 open_high=False):
     "Raise unless `value` is a finite number between `low` and `high`."
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and (isinstance(value, float) or abs(value) < 2**1023)  # what a float can hold
     inside = number and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not inside:
         span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
@@ -83,6 +87,10 @@ class _Image:
                 problem = f"does not divide into patches of {patch} along {axis} ({size} = {below} + {size % patch})"
                 raise _bad("img_size", self.img_size, problem, f"{below} or {above} would")
         _need_int("in_chans", self.in_chans)
+        patches = math.prod(self.img_size) // math.prod(self.patch_size)
+        if patches > 2**16 or math.prod(self.img_size) * self.in_chans > 2**27:
+            problem = f"with in_chans={self.in_chans} must make at most 65536 patches and 134217728 values"
+            raise _bad("img_size", self.img_size, problem, "use a smaller image or larger patches")
 
 # %% ../nbs/00_config.ipynb #3bcab711
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +110,13 @@ class _Model:
     def _check(self):
         for prefix in ("", "decoder_"):
             dim, heads = getattr(self, prefix + "embed_dim"), getattr(self, prefix + "num_heads")
-            for name in ("depth", "num_heads"):
-                _need_int(prefix + name, getattr(self, prefix + name))
+            for name, most in (("depth", 1000), ("num_heads", 2**16)):
+                _need_int(prefix + name, getattr(self, prefix + name), most=most)
             unit = 4 if self.rope else 1
             step = math.lcm(4, heads * unit)
             if not isinstance(dim, int) or dim < 1:
                 _need_int(prefix + "embed_dim", dim, step)
+            _need_int(prefix + "embed_dim", dim, most=2**16)
             if dim % 4:
                 raise _bad(prefix + "embed_dim", dim, "is not divisible by 4, which sin-cos positions need",
                            f"{-(-dim // step) * step} would do")
@@ -186,6 +195,13 @@ class _FrontEnd:
         _need_choice("normalize", self.normalize, ("clip", "dataset", "band"))
         for field in ("sample_rate", "n_fft", "win_length", "hop_length"):
             _need_int(field, getattr(self, field))
+        if self.n_fft > 2**18 or self.n_fft * self.img_size[1] > 2**24:  # the filter bank
+            most = min(2**18, 2**24 // self.img_size[1])
+            problem = f"must be at most {most} with {self.img_size[1]} bands"
+            raise _bad("n_fft", self.n_fft, problem, f"use {most} or less")
+        if self.hop_length * self.img_size[0] > 2**28:
+            problem = f"makes clips of {self.hop_length * self.img_size[0]} samples; they must have at most {2**28}"
+            raise _bad("hop_length", self.hop_length, problem, f"use {2**28 // self.img_size[0]} or less")
         if self.win_length > self.n_fft:
             problem = f"is longer than n_fft={self.n_fft}"
             raise _bad("win_length", self.win_length, problem, f"{self.n_fft} or less would do")
@@ -253,7 +269,7 @@ class _Training:
         for field in ("epochs", "batch_size", "accum_steps", "max_bad_steps", "keep_checkpoints"):
             _need_int(field, getattr(self, field))
         for field in ("num_workers", "loader_timeout", "eval_every", "eval_steps", "seed"):
-            _need_int(field, getattr(self, field), least=0)
+            _need_int(field, getattr(self, field), least=0, most=2**32 - 1 if field == "seed" else 2**31 - 1)
         for field in ("base_lr", "min_lr", "weight_decay", "warmup_epochs", "grad_clip"):
             usual = getattr(_Training, field)
             _need_float(field, getattr(self, field), 0, float("inf"), f"{usual:g} is usual", field == "base_lr", True)
@@ -336,7 +352,16 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
     Raises `ValueError` that names the field, its value and what would do. Change one with `cfg.replace(field=value)`.
     """
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        bare = [f.name for f in fields(Config) if f.name in vars(cls) and f.name not in inspect.get_annotations(cls)]
+        if bare:
+            raise _lost(cls, bare[0])
+
     def __post_init__(self):
+        for f in fields(self):
+            if getattr(type(self), f.name, f.default) != f.default:  # annotated, but no dataclass
+                raise _lost(type(self), f.name)
         for f in fields(self):
             if f.type is bool:
                 _need_choice(f.name, getattr(self, f.name), (True, False))
@@ -374,13 +399,12 @@ class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Im
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Config":
-        "Read a config that `save` wrote."
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        version = settings.pop("format_version", 1)
-        if version > _FORMAT:
-            raise ValueError(f"{path} is of a newer audiomaepp (format_version={version}, {_FORMAT} is known); "
-                             "pip install --upgrade audiomaepp would do")
-        return cls.from_dict(settings)
+        "Read a config that `save` wrote; raises `ValueError` that names the file and the setting that is wrong."
+        settings = _current(read_json(path), path)
+        try:
+            return cls.from_dict(settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def preset(cls, name: str = "tiny", **overrides) -> "Config":
@@ -399,14 +423,32 @@ def _groups() -> list[type]:
     return [c for c in reversed(Config.__mro__) if "_check" in vars(c)]
 
 
-def _known(settings: dict):
+def _lost(cls: type, name: str) -> TypeError:
+    "The error for a subclass whose new default a dataclass does not see."
+    return TypeError(f"{cls.__name__} sets {name} without a field of its own, which has no effect; use "
+                     f"Config({name}={shown(getattr(cls, name))}), or annotate {name} and decorate {cls.__name__} with "
+                     "@dataclass(frozen=True, kw_only=True)")
+
+
+def _current(settings: dict, path: str | os.PathLike) -> dict:
+    "What a file of settings holds, without its version; raises `ValueError` where a newer version wrote it."
+    version = settings.pop("format_version", 1)
+    if not isinstance(version, int) or version > _FORMAT:
+        raise ValueError(f"{path} is of a newer audiomaepp (format_version={shown(version)}, {_FORMAT} is known); "
+                         "pip install --upgrade audiomaepp would do")
+    return settings
+
+
+def _known(settings: Mapping):
     "Raise at a name that is no setting, with the nearest one that is."
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"settings must be a dict of names and values, got {shown(settings)}; use what to_dict gives")
     names = [f.name for f in fields(Config)]
     for name in settings:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(str(name)[:64], names, n=1)
             remedy = f"did you mean {near[0]}?" if near else "Config() lists them all"
-            raise ValueError(f"{name}={settings[name]!r} is not a setting; {remedy}")
+            raise ValueError(f"{str(name)[:64]}={shown(settings[name])} is not a setting; {remedy}")
 
 # %% ../nbs/00_config.ipynb #5c1e0a02
 def escape(

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .audio import build_frontend
 from .data import Recordings, augment, make_loader
 from .embed import EmbeddingGenerator
-from .files import claim, only_writer, write_atomic
-from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state
+from .files import check_fields, claim, naming, only_writer, read_header, read_json, write_atomic
+from .model import AudioMAEOutput, AudioMAEPlusPlus, check_shapes, cpu_state, read_tensors
 from .pooling import extract_embeddings
 from .train import History, Trainer, param_groups
 
@@ -56,11 +56,12 @@ class Classifier(nn.Module):
             raise ValueError(f"classes={list(classes)!r} leaves nothing to tell apart; two or more would do")
         if not 0 <= layer_decay <= 1:
             raise ValueError(f"layer_decay={layer_decay!r} is not in [0, 1]; 0.75 is usual, 0 trains the head alone")
+        if not 0 <= mixup < float("inf"):
+            raise ValueError(f"mixup must be a number of at least 0, got {mixup!r}; use 0.2, or 0 to switch it off")
         self.model, self.classes, self.layer_decay, self.mixup = model, list(classes), layer_decay, mixup
         self.model.decoder.requires_grad_(False)
         self.model.encoder.requires_grad_(layer_decay > 0)
-        norm = nn.BatchNorm1d(model.cfg.embedding_dim, affine=False, eps=1e-6)
-        self.head = nn.Sequential(norm, nn.Linear(model.cfg.embedding_dim, len(self.classes)))
+        self.head = _head(model.cfg.embedding_dim, len(self.classes))
         nn.init.trunc_normal_(self.head[1].weight, std=0.01)
         nn.init.zeros_(self.head[1].bias)
 
@@ -113,12 +114,20 @@ class Classifier(nn.Module):
         folder: str | os.PathLike, # what `write` or `finetune` wrote
         device: str | torch.device = "cpu", # where it goes
     ) -> "Classifier": # in evaluation mode
-        "Read a classifier back."
-        path = Path(folder) / "classifier.json"
+        "Read a classifier back; raises `ValueError` that names the file where one is damaged."
+        path, weights = Path(folder) / "classifier.json", Path(folder) / "head.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; a folder that finetune wrote would do")
-        self = cls(AudioMAEPlusPlus.from_pretrained(folder), **json.loads(path.read_text(encoding="utf-8")))
-        self.head.load_state_dict(safetensors.torch.load_file(Path(folder) / "head.safetensors"))
+        kinds = dict(classes=list[str], layer_decay=float, mixup=float)
+        facts = check_fields(read_json(path), kinds, path, optional=("layer_decay", "mixup"))
+        model, found = AudioMAEPlusPlus.from_pretrained(folder), read_header(weights).shapes
+        with torch.device("meta"):
+            wanted = _head(model.cfg.embedding_dim, len(facts["classes"])).state_dict()
+        wanted = {name: tuple(value.shape) for name, value in wanted.items()}
+        check_shapes(found, wanted, weights, f"a head for the {len(facts['classes'])} classes in {path}")
+        with naming(path):
+            self = cls(model, **facts)
+        self.head.load_state_dict(read_tensors(weights))
         return self.to(device).eval()
 
     def predict_proba(
@@ -143,6 +152,11 @@ class Classifier(nn.Module):
     ) -> list[str]:
         "The most probable class of each recording."
         return [self.classes[i] for i in self.predict_proba(recordings).argmax(axis=1)]
+
+
+def _head(width: int, classes: int) -> nn.Sequential:
+    "A linear layer behind a normalization without parameters."
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, classes))
 
 
 def _cross_entropy(logits: Tensor, known: Tensor) -> Tensor:

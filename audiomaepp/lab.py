@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import pprint
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 import numpy as np
 import torch
@@ -32,10 +33,30 @@ from tqdm.auto import tqdm
 from . import __version__
 from .audio import LogMel, build_frontend
 from .config import POOLING_MODES, Config, escape
-from .data import Recordings, Skipped, augment, drop_unreadable, make_loader, open_recordings, split
+from audiomaepp.data import (
+    Recordings,
+    Skipped,
+    augment,
+    check_columns,
+    drop_unreadable,
+    make_loader,
+    open_recordings,
+    split,
+)
 from .embed import EmbeddingGenerator, write_parquet
 from .evaluate import chance, evaluate_embeddings, knn_accuracy, knn_predict, logmel_statistics
-from .files import claim, only_writer, sweep, write_atomic
+from audiomaepp.files import (
+    check_archive,
+    check_fields,
+    claim,
+    damaged,
+    naming,
+    only_writer,
+    read_json,
+    read_parquet,
+    sweep,
+    write_atomic,
+)
 from .losses import alignment, rankme, uniformity_loss
 from .model import AudioMAEPlusPlus
 from .train import History, Trainer, collapse_warning
@@ -466,14 +487,37 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _read_results(folder: Path) -> tuple[list[Result], History, str]:
-    "Read back what `_write_results` wrote."
-    facts = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    with np.load(folder / "results.npz") as arrays:
-        results = [
-            Result(**fields, **{name: arrays[f"{i}.{name}"] for name in _ARRAYS})
-            for i, fields in enumerate(facts["results"])
-        ]
-    return results, History(facts["history"]), facts["failed"]
+    "Read back what `_write_results` wrote; raises `ValueError` that names the file where one is damaged."
+    path = folder / "results.json"
+    facts = check_fields(read_json(path), dict(results=list[dict], history=list[dict], failed=str), path)
+    kinds = dict(setting=str, pooling=str, seed=int, scores=dict[str, float], warning=str)
+    results = [check_fields(fields, kinds, f"result {i} in {path}") for i, fields in enumerate(facts["results"])]
+    shares = {name: r["scores"][name] for r in results for name in _ACCURACIES if name in r["scores"]}
+    if wrong := [f"{name}={share}" for name, share in shares.items() if not 0 <= share <= 1]:
+        raise damaged(path, "a file with accuracies from 0 to 1", wrong[0])
+    arrays = _read_arrays(folder / "results.npz", len(results))
+    return [Result(**r, **a) for r, a in zip(results, arrays, strict=True)], History(facts["history"]), facts["failed"]
+
+
+def _read_arrays(path: Path, n: int) -> list[dict[str, np.ndarray]]:
+    "The arrays of `n` results; raises `ValueError` that names the file where it is damaged."
+    kind = "an archive of a comparison's arrays"
+    check_archive(path, kind)
+    with naming(path, kind), np.load(path, allow_pickle=False) as archive:
+        for member in archive.zip.infolist():
+            with archive.zip.open(member) as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise damaged(path, kind, f"{member.filename} of shape {shape} in {member.file_size} bytes")
+        found = [{name: archive[f"{i}.{name}"] for name in _ARRAYS} for i in range(n)]
+    for i, arrays in enumerate(found):
+        for (name, array), kinds, dims in zip(arrays.items(), ("f", "iu", "f", "iu"), (2, 2, 1, 1), strict=True):
+            if array.dtype.kind not in kinds or array.ndim != dims or len(array) != len(arrays["x"]):
+                raise damaged(path, kind, f"{i}.{name} of {array.dtype} numbers, shape {array.shape}")
+        if not np.isfinite(arrays["x"]).all():
+            raise damaged(path, f"{kind}, all finite", f"NaN or infinity in {i}.x")
+    return found
 
 # %% ../nbs/23_lab.ipynb #bc1e0dfb
 MEASURES = {
@@ -1103,14 +1147,15 @@ class _Files:
         cls,
         folder: str | os.PathLike, # what `save` wrote, or the `out` of `compare_losses`, finished or not
     ) -> "Comparison":
-        "Read a comparison; trainings without a result are listed in `.unfinished`."
-        import pandas as pd
+        """Read a comparison; trainings without a result are listed in `.unfinished`.
 
+        Raises `ValueError` that names the file where one is damaged.
+        """
         path = Path(folder) / "comparison.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; the folder of a comparison would do")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        experiment = Experiment(**facts["experiment"])
+        facts = check_fields(read_json(path), dict(chance=float | None, skipped=list[list[str]]), path)
+        experiment = _experiment_of(path)
         results, histories, failed = [], {}, {}
         for run in experiment.runs():
             if _is_finished(at := run_folder(folder, *run)):
@@ -1119,9 +1164,10 @@ class _Files:
                 failed |= {run: why} if why else {}
         if not _is_finished(run_folder(folder, FLOOR, 0)):
             raise ValueError(f"{folder} has no results yet; compare_losses with out={str(folder)!r} goes on with it")
-        (floor,), *_ = _read_results(run_folder(folder, FLOOR, 0))
-        held_out = pd.read_parquet(path.with_name("held_out.parquet"))
-        skipped = Skipped(map(tuple, facts["skipped"]))
+        floor = _read_floor(run_folder(folder, FLOOR, 0), results)
+        held_out = _read_held_out(path.with_name("held_out.parquet"), {len(r.x) for r in [floor, *results]})
+        with naming(path):
+            skipped = Skipped((where, why) for where, why in facts["skipped"])
         return cls(experiment, held_out, results, histories, floor, facts["chance"], skipped, failed)
 
     def same_as(self, other: "Comparison") -> bool:
@@ -1194,11 +1240,34 @@ def _begin(
 
 
 def _experiment_of(path: Path) -> Experiment:
-    "What a comparison.json defines; raises `ValueError` if it is another kind of file."
-    try:
-        return Experiment(**json.loads(path.read_text(encoding="utf-8"))["experiment"])
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is not a file of compare_losses; choose another folder") from None
+    "What a comparison.json defines; raises `ValueError` that names it where it is damaged."
+    facts, name = check_fields(read_json(path), dict(experiment=dict), path)["experiment"], f"the experiment in {path}"
+    experiment = Experiment(**check_fields(facts, get_type_hints(Experiment), name, optional=["versions"]))
+    if not experiment.runs():
+        raise damaged(name, "an experiment with settings and seeds", "none")
+    with naming(path):
+        for run in experiment.runs():
+            experiment.config(*run)
+    return experiment
+
+
+def _read_floor(folder: Path, results: list[Result]) -> Result:
+    "The scores of log-mel statistics, at least those of the results; raises `ValueError` that names the file."
+    found, *_ = _read_results(folder)
+    missing = [name for name in _ACCURACIES if any(name in r.scores for r in results)
+               and not all(name in r.scores for r in found)]
+    if len(found) != 1 or missing:
+        raise damaged(folder / "results.json", f"one result with {' and '.join(missing) or 'scores'}", f"{len(found)}")
+    return found[0]
+
+
+def _read_held_out(path: Path, rows: set[int]) -> "pd.DataFrame":
+    "The held-out clips of a comparison, as many as its results have rows; raises `ValueError` that names the file."
+    table = check_columns(read_parquet(path, ["path", "label"]), path)
+    if rows != {len(table)}:
+        many = " and ".join(map(str, sorted(rows)))
+        raise damaged(path, f"a table of as many clips as results.npz has ({many})", f"{len(table)} rows")
+    return table
 
 
 def _versions_of(folder: Path, experiment: Experiment) -> dict[str, str]:

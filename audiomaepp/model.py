@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'rope_angles', 'rotate', 'mask_noise', 'split_by_noise',
            'ids_of_mask', 'SwiGLU', 'mlp', 'Attention', 'attend', 'MacaronBlock', 'PlainBlock', 'AudioMAEOutput',
-           'Encoder', 'take', 'Decoder', 'cpu_state', 'need_finite', 'AudioMAEPlusPlus']
+           'Encoder', 'take', 'Decoder', 'cpu_state', 'need_finite', 'AudioMAEPlusPlus', 'weight_shapes',
+           'check_shapes', 'read_tensors', 'check_finite', 'checked_progress', 'checked_tensors']
 
 # %% ../nbs/02_model.ipynb #3b4b2d39
 import os
@@ -22,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
 from .config import Config, escape
-from .files import make_folder, write_atomic
+from .files import check_fields, damaged, make_folder, naming, parse_json, read_header, shown, write_atomic
 from audiomaepp.losses import (
     cosine_uniformity_loss,
     gather_with_grad,
@@ -436,7 +437,7 @@ class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "mask
         device: str | torch.device = "cpu", # where the model goes
         **options, # revision, token, cache_dir, local_files_only, force_download: of the Hub
     ) -> "AudioMAEPlusPlus": # in evaluation mode
-        "Read a model back; raises FileNotFoundError where there is none."
+        "Read a model back; raises `FileNotFoundError` where there is none, `ValueError` where a file is damaged."
         name = str(pretrained_model_name_or_path)
         on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir()
         return cls._from_pretrained(model_id=name if on_hub else Path(name), **options).to(device)
@@ -444,8 +445,10 @@ class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "mask
     @classmethod
     def _from_pretrained(cls, *, model_id: str | Path, **options) -> "AudioMAEPlusPlus":
         config, weights = (_found(model_id, name, options) for name in _FILES)
-        model = cls(Config.load(config))
-        model.load_state_dict(safetensors.torch.load_file(weights))
+        cfg = Config.load(config)
+        check_shapes(read_header(weights).shapes, weight_shapes(cfg, cls), weights, f"{config} ({_sizes(cfg)})")
+        model = cls(cfg)
+        model.load_state_dict(read_tensors(weights))
         return model.eval()
 
 
@@ -607,3 +610,108 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
             latent = self.encoder(patches, ids, sounds)
             rows.append(extract_embeddings(latent, pooling_mode or cfg.pooling_mode, grid, sounds))
         return torch.stack(rows).mean(dim=0) if len(rows) > 1 else rows[0]
+
+# %% ../nbs/02_model.ipynb #7e1ad002
+def weight_shapes(
+    cfg: Config, # sizes
+    kind: type[nn.Module] | None = None, # the model's class; `AudioMAEPlusPlus` when left out
+) -> dict[str, tuple[int, ...]]: # by the weights' names
+    "The shape of every weight of a model that is not made."
+    with torch.device("meta"):
+        one = (kind or AudioMAEPlusPlus)(cfg.replace(depth=1, decoder_depth=1)).state_dict()
+    shapes, depths = {}, {"encoder": cfg.depth, "decoder": cfg.decoder_depth}
+    for name, value in one.items():
+        stack, block, rest = name.partition(".blocks.0.")
+        names = [f"{stack}.blocks.{i}.{rest}" for i in range(depths.get(stack, 1))] if block else [name]
+        shapes |= dict.fromkeys(names, tuple(value.shape))
+    return shapes
+
+
+def _sizes(cfg: Config) -> str:
+    "The settings that decide the shapes of the weights."
+    names = ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth", "patch_size", "mlp_ratio", "block")
+    return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], # what a file holds
+    wanted: Mapping[str, tuple[int, ...]], # what a model has
+    path: str | os.PathLike, # of the file
+    model: str, # what says how large the model is
+):
+    "Raise `ValueError` unless a file holds all weights of a model, of their shapes, and no others."
+    wrong = [f"{shown(name)} of shape {shown(found[name])}, not {shape}" for name, shape in wanted.items()
+             if name in found and tuple(found[name]) != shape]
+    wrong += [f"no {name}" for name in wanted if name not in found]
+    wrong += [f"{shown(name)}, which the model does not have" for name in found if name not in wanted]
+    if wrong:
+        more = f" and {len(wrong) - 1} more differences" * (len(wrong) > 1)
+        raise ValueError(f"{path} must hold the weights of {model}, got {wrong[0]}{more}; use files that were saved "
+                         "together")
+
+
+def read_tensors(
+    path: str | os.PathLike, # a .safetensors file
+) -> dict[str, Tensor]: # on the CPU
+    "The tensors of a file; raises `ValueError` that names the file, and the first tensor that holds NaN or infinity."
+    read_header(path)
+    with naming(path, "a safetensors file"):
+        tensors = safetensors.torch.load_file(path)
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike):
+    "Raise `ValueError` that names the file and the first tensor that holds NaN or infinity."
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise damaged(path, "a file of finite numbers", f"NaN or infinity in {shown(name)}")
+
+# %% ../nbs/02_model.ipynb #7e1ad005
+_PROGRESS = dict(config=dict, epoch=int, batch=int, step=int, best=float | None, rows=list[dict])
+
+
+def checked_progress(
+    path: str | os.PathLike, # a checkpoint
+) -> dict: # config, epoch, batch, step, best, rows
+    "What a checkpoint says of its run; raises `ValueError` that names the file if that is damaged."
+    header, name = read_header(path), f"the progress in {path}"
+    if "progress" not in header.notes:
+        raise damaged(path, "a checkpoint", "a safetensors file without a run's progress")
+    progress = parse_json(header.notes["progress"], name)
+    check_fields(progress, _PROGRESS, name)
+    if bad := [key for key in ("epoch", "batch", "step") if progress[key] < 0]:
+        raise damaged(name, f"an object with {bad[0]} of at least 0", f"{bad[0]}={progress[bad[0]]}")
+    try:
+        cfg = Config.from_dict(progress["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    shapes = _model_part(header.shapes)
+    if "encoder.cls_token" in shapes:  # a classifier has other names
+        check_shapes(shapes, weight_shapes(cfg), path, f"its own config ({_sizes(cfg)})")
+    return progress
+
+
+def checked_tensors(
+    path: str | os.PathLike, # a checkpoint
+    model: nn.Module, # whose weights it must hold
+) -> dict[str, Tensor]: # on the CPU
+    "The tensors of a checkpoint; raises `ValueError` that names the file where one does not fit the model."
+    found = read_header(path).shapes
+    check_shapes(_model_part(found), {k: tuple(v.shape) for k, v in model.state_dict().items()}, path,
+                 f"a {type(model).__name__} like the one to resume")
+    shapes = {f"{key}.{name}": () if key == "step" else tuple(p.shape) for name, p in model.named_parameters()
+              for key in ("step", "exp_avg", "exp_avg_sq")}
+    wrong = [name for name, shape in shapes.items() if found.get(name, shape) != shape]
+    if wrong or "rng.cpu" not in found:
+        problem = f"{wrong[0]} of shape {found[wrong[0]]}" if wrong else "no rng.cpu"
+        raise damaged(path, "a checkpoint of this model", problem)
+    tensors = read_tensors(path)
+    with naming(path, "a checkpoint with a state of the random numbers"):
+        torch.Generator().set_state(tensors["rng.cpu"])
+    return tensors
+
+
+def _model_part(tensors: Mapping) -> dict:
+    "The model's own tensors of a checkpoint, under their names in the model."
+    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}

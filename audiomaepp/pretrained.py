@@ -8,19 +8,19 @@ __all__ = ['read_weights', 'kind_of', 'Placement', 'load_official', 'Embedder', 
 # %% ../nbs/30_pretrained.ipynb #30aa0004
 import copy
 import os
-import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .config import PRESETS, Config
-from .model import AudioMAEPlusPlus
+from .files import check_archive, damaged, naming
+from .model import AudioMAEPlusPlus, check_finite, read_tensors, weight_shapes
 
 # %% ../nbs/30_pretrained.ipynb #30aa0007
 class _Note:
@@ -44,22 +44,29 @@ _NOTES = re.compile(
 # %% ../nbs/30_pretrained.ipynb #30aa0008
 def _unpickled(path: Path) -> dict:
     "What a file of `torch.save` holds, through torch's safe loader; raises `ValueError` if it asks to run code."
+    kind = "a checkpoint of torch.save"
+    if zipfile.is_zipfile(path):
+        check_archive(path, kind)
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         code = [name for name in wanted if not _NOTES.fullmatch(name)]
         if not code:
             with torch.serialization.safe_globals([(_Note, name) for name in wanted]):
                 return torch.load(path, map_location="cpu", weights_only=True)
-        reason = f"it asks for {', '.join(code)}"
-    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # of an old format, or none
+        asked = ", ".join(code)
+    except Exception as error:  # of an old format, or none: torch raises anything from KeyError to struct.error
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as refusal:
-            asked = re.search(r"GLOBAL (\S+)", str(refusal))
-            reason = f"it asks for {asked[1]}" if asked else str(error).split(". ")[0].replace("\n", " ")
+            found = re.search(r"GLOBAL (\S+)", str(refusal))
+            if not found:
+                reason = " ".join(str(error).split(". ")[0].split())[:200]
+                raise damaged(path, kind, f"a damaged file or one of another kind ({reason})") from error
+            asked = found[1]
     raise ValueError(
-        f"{path} cannot be opened without running what is in it ({reason}), so it stays closed; a file of the weights "
-        "alone, which whoever made it can write with safetensors or torch.save(model.state_dict(), path), would do"
+        f"{path} cannot be opened without running what is in it (it asks for {asked}), so it stays closed; a file of "
+        "the weights alone, which whoever made it can write with safetensors or torch.save(model.state_dict(), path), "
+        "would do"
     )
 
 # %% ../nbs/30_pretrained.ipynb #30aa0009
@@ -67,23 +74,36 @@ def read_weights(
     source: str | os.PathLike | Mapping, # .safetensors or a file of torch.save; or what such a file holds
 ) -> dict[str, Tensor]: # by name, without the prefix that a wrapper gave them all
     "The weights of a checkpoint; raises `ValueError` where there are none, or where code would have to run."
-    held = source
+    held, path, size = source, "the state dict", None
     if not isinstance(source, Mapping):
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; a checkpoint (.safetensors, .pth or .pt) would do")
-        held = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        held, size = read_tensors(path) if path.suffix == ".safetensors" else _unpickled(path), path.stat().st_size
     for key in ("model", "state_dict", "model_state_dict", "module"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
-    tensors = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, Mapping) else {}
+    held = held if isinstance(held, Mapping) else {}
+    tensors = {name: value for name, value in held.items() if isinstance(name, str) and isinstance(value, Tensor)}
     ends = [name for name in tensors if name.endswith("patch_embed.proj.weight")]
     if len(ends) != 1:
         found = f"{len(tensors)} tensors ({', '.join(list(tensors)[:3])}, …)" if tensors else "no tensors"
-        raise ValueError(f"the checkpoint holds {found} and none that is called patch_embed.proj.weight; "
+        raise ValueError(f"{path} holds {found} and none that is called patch_embed.proj.weight; "
                          "one of AudioMAE++, AudioMAE or a timm port of AudioMAE would do")
     prefix = ends[0].removesuffix("patch_embed.proj.weight")
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    _need_numbers(weights, path, size)
+    return weights
+
+
+def _need_numbers(weights: Mapping[str, Tensor], path: str | os.PathLike, size: int | None):
+    "Raise `ValueError` where a tensor is not made of finite numbers that are in the file (of `size` bytes)."
+    for name, value in weights.items():
+        strange = value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
+        if strange or size is not None and value.numel() * value.element_size() > size:
+            what = f"{name} of shape {tuple(value.shape)}, {value.layout}, {value.dtype} on {value.device}"
+            raise damaged(path, "a checkpoint whose tensors hold their numbers", what)
+    check_finite(weights, path)
 
 # %% ../nbs/30_pretrained.ipynb #30aa0013
 _NAMES = {
@@ -132,20 +152,29 @@ def _depth(weights: Mapping[str, Tensor], stack: str) -> int:
     return len({name.split(".")[2] for name in weights if name.startswith(f"{stack}.blocks.")})
 
 
+def _sized(weights: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
+    "The shape of a weight; raises `ValueError` where it has another number of dimensions or is empty."
+    shape = tuple(weights[name].shape)
+    if len(shape) != dims or not all(shape):
+        raise ValueError(f"{name} must have {dims} dimensions and numbers in it, got shape {shape}; use a released "
+                         "checkpoint")
+    return shape
+
+
 def _config_of(kind: str, weights: Mapping[str, Tensor], settings: dict) -> Config:
     "The config of renamed weights; `settings` says what shapes cannot, and wins where it says something else."
     base = PRESETS["official_tiny" if kind == "AudioMAE++" else "audiomae"]
-    width, chans, *patch = weights["encoder.patch_embed.weight"].shape
-    hidden = weights[f"encoder.blocks.0.{'ffn1' if kind == 'AudioMAE++' else 'mlp'}.0.weight"].shape[0]
+    width, chans, *patch = _sized(weights, "encoder.patch_embed.weight", 4)
+    hidden = _sized(weights, f"encoder.blocks.0.{'ffn1' if kind == 'AudioMAE++' else 'mlp'}.0.weight", 2)[0]
     read = dict(embed_dim=width, depth=_depth(weights, "encoder"), num_heads=_HEADS.get(width), in_chans=chans,
                 patch_size=patch, mlp_ratio=hidden / width)
     if "decoder.embed.weight" in weights:
-        inner = weights["decoder.embed.weight"].shape[0]
+        inner = _sized(weights, "decoder.embed.weight", 2)[0]
         heads = _DECODER_HEADS[kind] if inner in _DECODER_WIDTHS else None
         read |= dict(decoder_embed_dim=inner, decoder_depth=_depth(weights, "decoder"), decoder_num_heads=heads)
     if "encoder.pos_embed" in weights:
-        bands = Config.from_dict(base).n_mels // patch[1]
-        read["img_size"] = ((weights["encoder.pos_embed"].shape[1] - 1) // bands * patch[0], bands * patch[1])
+        bands = max(1, Config.from_dict(base).n_mels // patch[1])
+        read["img_size"] = ((_sized(weights, "encoder.pos_embed", 3)[1] - 1) // bands * patch[0], bands * patch[1])
     read |= settings
     if unknown := [f"{name}=…" for name, value in read.items() if value is None]:
         raise ValueError(f"{' and '.join(unknown)} cannot be read off weights of width {width}, which no released "
@@ -174,10 +203,10 @@ class Placement:
         return "; ".join([f"{self.kind}: {self.placed} tensors placed", *parts, *self.remarks])
 
 # %% ../nbs/30_pretrained.ipynb #30aa0019
-def _check_positions(weights: dict[str, Tensor], model: AudioMAEPlusPlus):
-    "Take out the tables of positions; raise `ValueError` where they are not the fixed sines that the model computes."
-    for part in ("encoder", "decoder"):
-        theirs, ours = weights.pop(f"{part}.pos_embed", None), getattr(model, part).pos_embed
+def _check_positions(positions: dict[str, Tensor | None], model: AudioMAEPlusPlus):
+    "Raise `ValueError` where tables of positions are not the fixed sines that the model computes."
+    for part, theirs in positions.items():
+        ours = getattr(model, part).pos_embed
         if theirs is not None and theirs.shape != ours.shape:
             raise ValueError(f"the {part}'s positions have shape {tuple(theirs.shape)}, {model.cfg.grid_size} patches "
                              f"need {tuple(ours.shape)}; load_official(…, img_size=(frames, bands)) that fits would do")
@@ -212,27 +241,34 @@ def load_official(
     checkpoint is another model's, would run code, or lacks a part of the encoder.
     """
     weights = read_weights(source)
-    report = Placement(kind_of(weights))
-    weights = {_renamed(name, report.kind): tensor for name, tensor in weights.items()}
-    _leave_out(weights, report)
-    cfg = _config_of(report.kind, weights, settings)
-    patches = weights["encoder.patch_embed.weight"]  # a convolution's (D, C, time, mel); ours are flat, channels last
-    weights["encoder.patch_embed.weight"] = patches.permute(0, 2, 3, 1).flatten(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)  # of a decoder that the checkpoint lacks
-        model = AudioMAEPlusPlus(cfg)
-    _check_positions(weights, model)
-    model.placement = _place(model, weights, report)
+    with naming("the state dict" if isinstance(source, Mapping) else source):
+        report = Placement(kind_of(weights))
+        weights = {_renamed(name, report.kind): tensor for name, tensor in weights.items()}
+        _leave_out(weights, report)
+        cfg = _config_of(report.kind, weights, settings)
+        patches = weights["encoder.patch_embed.weight"]  # a convolution's (D, C, time, mel); ours: flat, channels last
+        weights["encoder.patch_embed.weight"] = patches.permute(0, 2, 3, 1).flatten(1)
+        positions = {part: weights.pop(f"{part}.pos_embed", None) for part in ("encoder", "decoder")}
+        fitting = _place(weight_shapes(cfg), weights, report)
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)  # of a decoder that the checkpoint lacks
+            model = AudioMAEPlusPlus(cfg)
+        _check_positions(positions, model)
+    model.load_state_dict(fitting, strict=False)
+    model.placement = report
     return model.eval()
 
 
-def _place(model: AudioMAEPlusPlus, weights: dict[str, Tensor], report: Placement) -> Placement:
-    "Copy weights into a model and report; raises `ValueError` if the encoder is not whole."
-    places = model.state_dict()
-    fitting = {n: t.float() for n, t in weights.items() if n in places and t.shape == places[n].shape}
+def _place(
+    places: dict[str, tuple[int, ...]], # the model's weights and their shapes
+    weights: dict[str, Tensor],
+    report: Placement, # is completed
+) -> dict[str, Tensor]: # the weights that have a place
+    "Find the place of each weight and report; raises `ValueError` if the encoder is not whole."
+    fitting = {n: t.float() for n, t in weights.items() if n in places and tuple(t.shape) == places[n]}
     report.placed, report.missing = len(fitting), [n for n in places if n not in weights]
     report.unexpected = [n for n in weights if n not in places]
-    report.wrong_shape = [f"{n} {tuple(weights[n].shape)}, not {tuple(places[n].shape)}" for n in weights
+    report.wrong_shape = [f"{n} {tuple(weights[n].shape)}, not {places[n]}" for n in weights
                           if n in places and n not in fitting]
     if report.wrong_shape or any(n.startswith("encoder.") for n in report.missing):
         raise ValueError(f"the checkpoint does not fill the encoder. {report}")
@@ -241,8 +277,7 @@ def _place(model: AudioMAEPlusPlus, weights: dict[str, Tensor], report: Placemen
         report.missing = []
     if report.missing or report.unexpected:
         warnings.warn(str(report), stacklevel=3)
-    model.load_state_dict(fitting, strict=False)
-    return report
+    return fitting
 
 # %% ../nbs/30_pretrained.ipynb #30aa0030
 class Embedder(nn.Module):

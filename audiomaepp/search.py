@@ -12,8 +12,9 @@ from functools import cached_property
 import numpy as np
 
 from .config import escape
-from .embed import EmbeddingGenerator
+from .embed import EmbeddingGenerator, stacked
 from .evaluate import standardise
+from .files import read_parquet
 
 # %% ../nbs/24_search.ipynb #24aa0007
 class Hits:
@@ -71,11 +72,12 @@ class SoundIndex:
     ):
         import pandas as pd
 
-        self.table = table if isinstance(table, pd.DataFrame) else pd.read_parquet(table)
+        name = "the table" if isinstance(table, pd.DataFrame) else table
+        self.table = table if isinstance(table, pd.DataFrame) else read_parquet(table, ["path", "embedding"])
         if "embedding" not in self.table or not len(self.table):
-            raise ValueError(f"the table has {len(self.table)} rows and the columns {', '.join(self.table.columns)}; "
+            raise ValueError(f"{name} has {len(self.table)} rows and the columns {', '.join(self.table.columns)}; "
                              "one that embed_folder wrote, with embeddings, would do")
-        self.x, self.exact = np.stack(self.table["embedding"]).astype(np.float32), exact
+        self.x, self.exact = stacked(self.table["embedding"], name), exact
         generator = isinstance(model, EmbeddingGenerator) or model is None
         self.embed = model if generator else EmbeddingGenerator(model)
         self.keys = _directions(standardise(self.x)[0])

@@ -27,14 +27,21 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config, escape
-from .files import OutputError, Stopped, only_writer, stopping, sweep, write_atomic
+from .files import OutputError, Stopped, naming, only_writer, stopping, sweep, write_atomic
 from .losses import rankme, uniformity_loss
-from .model import AudioMAEOutput, AudioMAEPlusPlus, cpu_state, need_finite
+from audiomaepp.model import (
+    AudioMAEOutput,
+    AudioMAEPlusPlus,
+    checked_progress,
+    checked_tensors,
+    cpu_state,
+    need_finite,
+)
 
 # %% ../nbs/04_train.ipynb #84659884
 def lr_at(
@@ -107,9 +114,9 @@ class History:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike) -> "History":
-        "Read what `to_csv` wrote."
-        with open(path, newline="", encoding="utf-8") as file:
-            return cls([{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)])
+        "Read what `to_csv` wrote; raises `ValueError` that names the file where it is damaged."
+        with naming(path, "a table"), open(path, newline="", encoding="utf-8") as file:
+            return cls([{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)])
 
     def plot(self):
         "Every loss and every score against the step, each in its own panel."
@@ -181,8 +188,7 @@ def read_progress(path: str | os.PathLike) -> dict:
     "The JSON part of a checkpoint, without its tensors."
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; the folder of a run that has saved a checkpoint would do")
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["progress"])
+    return checked_progress(path)
 
 
 def load_checkpoint(
@@ -191,7 +197,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer, # gets the running averages
 ):
     "Put weights, optimiser and random state back."
-    tensors = safetensors.torch.load_file(path)
+    tensors = checked_tensors(path, model)  # before anything changes
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, p in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):

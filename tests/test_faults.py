@@ -208,8 +208,9 @@ def test_earlier_checkpoints_make_room_on_a_full_disk(tmp_path, monkeypatch):
 
     kept, write, model = Checkpoints(tmp_path, keep=3), train.save_checkpoint, AudioMAEPlusPlus(SMALL)
     optimizer = torch.optim.AdamW(model.parameters())
+    progress = dict(config=SMALL.to_dict(), epoch=1, batch=0, best=None, rows=[])
     for step in (1, 2, 3):
-        kept.save(model, optimizer, {"step": step})
+        kept.save(model, optimizer, progress | {"step": step})
 
     def on_a_disk_for_two(path, *args):
         if kept.earlier():
@@ -219,7 +220,7 @@ def test_earlier_checkpoints_make_room_on_a_full_disk(tmp_path, monkeypatch):
         write(path, *args)
 
     monkeypatch.setattr(train, "save_checkpoint", on_a_disk_for_two)
-    kept.save(model, optimizer, {"step": 4})
+    kept.save(model, optimizer, progress | {"step": 4})
     assert read_progress(kept.newest)["step"] == 4
 
 
