@@ -82,7 +82,7 @@ def _run(folder, cfg, sounds):
     cfg.save(folder / "config.json")
     data = DataArgs(data=str(sounds))
     train, test, protocol = data.open(cfg, quiet=True)
-    data.save(folder / "data.json", protocol, train, test)
+    data.save(folder / "data.json", protocol, train, test, cfg.seed)
 
 
 def _comparison(folder, cfg, generator):
