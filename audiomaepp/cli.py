@@ -646,7 +646,7 @@ class Search:
 
     clips: tyro.conf.Positional[tuple[str, ...]] # sound files, in the table or not
     table: Annotated[str, tyro.conf.arg(name="in")] = "embeddings.parquet" # what `audiomaepp embed` wrote
-    model: str | None = None # the model that wrote it; needed for clips that are not in the table
+    model: str | None = None # the model that wrote it, for clips not in the table; as noted there when left out
     k: int = 10 # how many to find
     out: str | None = None # write them to this CSV file too; it replaces only a table of the same kind
 

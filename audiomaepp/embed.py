@@ -120,7 +120,9 @@ class _Windows:
         hop_seconds: float | None = None, # from one window to the next; a whole window, so no overlap, when left out
     ):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.place = ""  # where the model lies
         if not isinstance(model_or_path, AudioMAEPlusPlus):
+            self.place = os.path.abspath(model_or_path) if os.path.isdir(model_or_path) else str(model_or_path)
             model_or_path = AudioMAEPlusPlus.from_pretrained(model_or_path)
         self.model = model_or_path.to(device)
         self.cfg, self.device, self.batch_size = self.model.cfg, torch.device(device), batch_size
@@ -461,10 +463,12 @@ class _Store:
 
     def _take(self, path: Path):
         "Count what a file holds as done; raises `ValueError` if it is damaged, made otherwise, or of other recordings."
-        kept, others = parquet_schema(path).metadata or {}, set()
+        with open(path, "rb") as file:
+            parquet = file.read(4) == b"PAR1"
+        kept, others = (parquet_schema(path).metadata or {}) if parquet else {}, set()
         if b"audiomaepp.model" not in kept:
             raise ValueError(f"{path} was not written by audiomaepp embed; choose another output or move that one away")
-        for name, value in self.notes.items():
+        for name, value in (note for note in self.notes.items() if note[0] != "place"):  # the model may have moved
             there = kept.get(f"audiomaepp.{name}".encode(), b"nothing of the kind").decode("utf-8", "replace")
             if there != value:
                 raise ValueError(f"{path} was written with {name} {there}, not {value}; "
@@ -599,6 +603,7 @@ class EmbeddingGenerator(_Recordings):
             states = {path: _state_of(path, wave) for path, wave in zip(paths, recordings.waves, strict=True)}
             kind = "windows" if windows else "recordings"
             notes = {"model": fingerprint(self.model), "pooling_mode": pooling, "rows": kind, "hop": str(self.hop)}
+            notes["place"] = self.place
             store = _Store(out, notes, states, save_seconds) if out is not None else None
             done, skipped = store.done if store else {}, Skipped(recordings.skipped)
             named = {path: i for i, path in reversed(list(enumerate(paths))) if not store or _is_utf8(path, skipped)}

@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 
 from .config import escape
-from .embed import EmbeddingGenerator, stacked
+from .embed import EmbeddingGenerator, fingerprint, stacked
 from .evaluate import standardise
-from .files import read_parquet
+from .files import parquet_schema, read_parquet, shown
 
 # %% ../nbs/24_search.ipynb #24aa0007
 class Hits:
@@ -67,19 +67,19 @@ class SoundIndex:
     def __init__(
         self,
         table: str | os.PathLike, # Parquet file of `embed_folder`, or the DataFrame that it returns
-        model=None, # the model that made it (or its folder); needed for sounds that are not in the table
+        model=None, # the model that made it (or its folder); where the table says that it lies when left out
         exact: int = EXACT, # rows up to which all are compared; beyond, a graph of neighbours is searched
     ):
         import pandas as pd
 
-        name = "the table" if isinstance(table, pd.DataFrame) else table
+        self.name = "the table" if isinstance(table, pd.DataFrame) else table
         self.table = table if isinstance(table, pd.DataFrame) else read_parquet(table, ["path", "embedding"])
         if "embedding" not in self.table or not len(self.table):
-            raise ValueError(f"{name} has {len(self.table)} rows and the columns {', '.join(self.table.columns)}; "
+            raise ValueError(f"{self.name} has {len(self.table)} rows and the columns {', '.join(self.table.columns)}; "
                              "one that embed_folder wrote, with embeddings, would do")
-        self.x, self.exact = stacked(self.table["embedding"], name), exact
-        generator = isinstance(model, EmbeddingGenerator) or model is None
-        self.embed = model if generator else EmbeddingGenerator(model)
+        self.x, self.exact = stacked(self.table["embedding"], self.name), exact
+        self.notes = {} if isinstance(table, pd.DataFrame) else _notes(table)
+        self.model = None if model is None else _maker(model, self.notes, self.name)
         self.keys = _directions(standardise(self.x)[0])
 
     def __len__(self):
@@ -94,6 +94,33 @@ class SoundIndex:
         graph.prepare()
         return graph
 
+    @cached_property
+    def _places(self) -> np.ndarray: # (n,) of str
+        "The rows' paths as `_place` has them; each folder is looked up once."
+        pairs = [os.path.split(os.path.abspath(path)) for path in map(str, self.table["path"])]
+        real = {folder: os.path.realpath(folder) for folder, _ in pairs}
+        return np.array([os.path.join(real[folder], name) for folder, name in pairs], dtype=object)
+
+    def _own(self, path: str | os.PathLike) -> np.ndarray: # (n,) bool
+        "Which rows are of a file, however its path is written."
+        folder, name = os.path.split(os.path.abspath(path))
+        places = [os.path.join(os.path.realpath(folder), name), os.path.realpath(path)]  # it may be a link itself
+        return (self.table["path"] == os.fspath(path)).to_numpy() | np.isin(self._places, places)
+
+    def _generator(self, query) -> EmbeddingGenerator:
+        "The model that embeds a query that is not in the table."
+        place = self.notes.get("place")
+        if self.model is None and not place:
+            raise ValueError(f"{shown(query)} is not in {self.name}, which does not say where its model lies; name the "
+                             "model that made it (--model, in Python model=…)")
+        if self.model is None:
+            try:
+                self.model = _maker(place, self.notes, self.name)
+            except OSError as error:
+                raise FileNotFoundError(f"{shown(query)} is not in {self.name}, and the model that made it cannot be "
+                                        f"read at its place ({error}); name it (--model, in Python model=…)") from error
+        return self.model
+
     def vector(
         self,
         query, # path, in the table or not; samples at the model's rate; an embedding; or a list of these: their mean
@@ -104,15 +131,12 @@ class SoundIndex:
                 raise ValueError("query=[] holds nothing to look for; one clip or more would do")
             return np.mean([self.vector(one) for one in query], axis=0)
         if isinstance(query, str | os.PathLike):
-            rows = self.x[(self.table["path"] == os.fspath(query)).to_numpy()]
+            rows = self.x[self._own(query)]
             if len(rows):
                 return rows.mean(axis=0)
         elif np.ndim(query) == 1 and len(query) == self.x.shape[1]:
             return np.asarray(query, np.float32)
-        if self.embed is None:
-            raise ValueError(f"query={query!r} is not in the table; with model=…, the one that made the table, "
-                             "any sound can be looked for")
-        vector = self.embed.extract_embedding(query)
+        vector = self._generator(query).extract_embedding(query, pooling_mode=self.notes.get("pooling_mode"))
         if len(vector) != self.x.shape[1]:
             width = self.x.shape[1]
             raise ValueError(f"the model makes embeddings of {len(vector)} numbers, the table's have {width}; "
@@ -128,8 +152,8 @@ class SoundIndex:
         if k < 1:
             raise ValueError(f"k={k} finds nothing; 1 or more would do")
         _, vector = standardise(self.x, self.vector(query)[None])
-        key, paths = _directions(vector)[0], {os.fspath(q) for q in _listed(query) if isinstance(q, str | os.PathLike)}
-        own = self.table["path"].isin(paths).to_numpy()
+        key, paths = _directions(vector)[0], [q for q in _listed(query) if isinstance(q, str | os.PathLike)]
+        own = np.any([self._own(path) for path in paths], axis=0) if paths else np.zeros(len(self), bool)
         if len(self) <= self.exact:
             similar = self.keys @ key
             rows = np.argsort(-similar, kind="stable")
@@ -149,6 +173,25 @@ def _listed(query) -> list:
 def _directions(x: np.ndarray) -> np.ndarray: # (n, D) float32 of length 1
     "Vectors without their lengths."
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+# %% ../nbs/24_search.ipynb #24aa0022
+def _notes(table: str | os.PathLike) -> dict[str, str]: # model, place, pooling_mode, rows, hop
+    "What a Parquet file says of how it was made; nothing where `embed_folder` has not made it."
+    kept = (parquet_schema(table).metadata or {}).items()
+    texts = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in kept}
+    return {key.removeprefix("audiomaepp."): value for key, value in texts.items() if key.startswith("audiomaepp.")}
+
+
+def _maker(model, notes: dict[str, str], table: str | os.PathLike) -> EmbeddingGenerator:
+    "The generator of a model; raises `ValueError` where the table says that another one made it."
+    made = model if isinstance(model, EmbeddingGenerator) else EmbeddingGenerator(model)
+    if (word := notes.get("model")) and (found := fingerprint(made.model)) != word:
+        raise ValueError(f"the model in {made.place or 'memory'} must be the one that made {table} (fingerprint {word})"
+                         f", got another (fingerprint {found}); name that model, or embed the sounds again")
+    hop = notes.get("hop", "")[:9]
+    if made is not model and hop.isdecimal() and 0 < int(hop) <= made.cfg.clip_samples:
+        made.hop = int(hop)
+    return made
 
 # %% ../nbs/24_search.ipynb #24aa0010
 def search(

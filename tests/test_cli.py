@@ -328,9 +328,9 @@ def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys):
     assert all(row["path"] in printed for row in found)
     elsewhere = tmp_path / "elsewhere.flac"
     elsewhere.write_bytes(clip.read_bytes())
-    assert "with model=…" in refused("search", elsewhere, "--in", table)
-    cli.main(["search", str(elsewhere), "--in", str(table), "--model", str(run), "--k", "1"])
-    assert str(clip) in capsys.readouterr().out  # the same sound under its other name
+    for model in ([], ["--model", str(run)]):
+        cli.main(["search", str(elsewhere), "--in", str(table), *model, "--k", "1"])
+        assert str(clip) in capsys.readouterr().out  # the same sound under its other name
     assert "is missing" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
 
 
