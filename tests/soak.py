@@ -505,9 +505,18 @@ def soak(base: Path, quick: bool, seed: int) -> list[Tally]:
     import fuzz_artefacts
     import fuzz_audio
 
-    fuzz("audio", fuzz_audio.trial, range(0, 100 if quick else 2000), base, tally := line("audio files, mutated"))
+    def audio(seed: int, folder: Path):
+        fuzz_audio.check(fuzz_audio.mutated(seed, folder))
+
+    def artefact(seed: int, folder: Path):
+        name, _ = fuzz_artefacts.mutate(seed, whole.at, whole.names)
+        fuzz_artefacts.check(whole.at, name)
+        whole.restore()
+
+    fuzz("audio", audio, range(100 if quick else 2000), base, tally := line("audio files, mutated"))
     told(tally)
-    fuzz("artefacts", fuzz_artefacts.trial, range(0, 50 if quick else 1000), base, tally := line("artefacts, mutated"))
+    whole = fuzz_artefacts.Folder(base / "artefacts")
+    fuzz("artefact", artefact, range(50 if quick else 1000), base, tally := line("artefacts, mutated"))
     told(tally)
     return table
 
