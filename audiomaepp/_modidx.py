@@ -111,6 +111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'audiomaepp.cli.compare_recordings': ('cli.html#compare_recordings', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.draw_reconstructions': ('cli.html#draw_reconstructions', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.draw_run': ('cli.html#draw_run', 'audiomaepp/cli.py'),
+                                'audiomaepp.cli.error_line': ('cli.html#error_line', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.evaluate_run': ('cli.html#evaluate_run', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.main': ('cli.html#main', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.open_again': ('cli.html#open_again', 'audiomaepp/cli.py'),

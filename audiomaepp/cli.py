@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'DataArgs', 'open_again', 'write_recordings', 'compare_recordings', 'train_run', 'write_card',
            'Evaluation', 'evaluate_run', 'draw_run', 'draw_reconstructions', 'Demo', 'Train', 'Evaluate', 'Map',
            'Embed', 'Search', 'Finetune', 'read_axis', 'read_axes', 'write_comparison', 'Lab', 'Doctor', 'parse',
-           'main']
+           'error_line', 'main']
 
 # %% ../nbs/40_cli.ipynb #bf971662
 import csv
@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_origin, get_type_hints
@@ -56,12 +56,14 @@ from audiomaepp.files import (
     check_fields,
     check_table,
     claim,
+    damaged,
     made_by,
     make_folder,
     naming,
     only_writer,
     read_json,
     remove_claimed,
+    shown,
     write_atomic,
 )
 from .finetune import CLASSIFIER_FILES, Classifier, finetune
@@ -80,7 +82,7 @@ from audiomaepp.lab import (
 from .model import AudioMAEPlusPlus
 from .pretrained import load_official
 from .search import SoundIndex
-from .train import Checkpoints, History, Trainer
+from .train import Checkpoints, History, LoaderError, Trainer
 
 # %% ../nbs/40_cli.ipynb #81b18308
 @dataclass(frozen=True)
@@ -209,9 +211,9 @@ class _Row(NamedTuple):
 
 def _same(a: str, b: str) -> bool:
     "Whether two digests stand for the same contents."
-    if " " in a and " " in b:
-        return np.allclose(*(np.array(levels.split(), float) for levels in (a, b)), rtol=0.01)
-    return a == b
+    with suppress(ValueError):  # levels, and not the digest of a file
+        return a == b or np.allclose(*(np.array(levels.split(), float) for levels in (a, b)), rtol=0.01)
+    return False
 
 
 def _rows_of(train: Recordings, test: Recordings, base: str) -> dict[tuple[str, int], _Row]:
@@ -226,6 +228,9 @@ def _rows_of(train: Recordings, test: Recordings, base: str) -> dict[tuple[str, 
     return rows
 
 # %% ../nbs/40_cli.ipynb #c0d023bb
+_COLUMNS = ("part", "path", "label", "size", "modified", "digest")
+
+
 def write_recordings(
     path: Path, # CSV file to write
     train: Recordings, # training part
@@ -237,7 +242,7 @@ def write_recordings(
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_Row.digest, rows.values()))
     table = csv.writer(text)
-    table.writerow(("part", "path", "label", "size", "modified", "digest"))
+    table.writerow(_COLUMNS)
     for ((name, _), row), digest in zip(rows.items(), digests, strict=True):
         table.writerow((row.part, name, row.label, *row.state(), digest))
     write_atomic(path, text.getvalue().encode())
@@ -251,8 +256,11 @@ def compare_recordings(
 ) -> tuple[Recordings, Recordings, list[str]]: # both parts in the order of the table; what has changed, in words
     "Compare both parts with what they were when the table was written."
     now, before, count = _rows_of(train, test, base), {}, Counter()
-    with open(path, newline="", encoding="utf-8") as file:
-        for old in csv.DictReader(file):
+    with naming(path, "the table of a run's recordings"), open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, strict=True):
+            old = {name: row[name] + "" for name in _COLUMNS}  # a missing cell is None
+            if old["part"] not in _PARTS:
+                raise damaged(path, "a table with the parts train and test", f"the part {shown(old['part'])}")
             before[old["path"], count[old["path"]]] = old
             count[old["path"]] += 1
     both = [(key[0], old, now[key]) for key, old in before.items() if key in now]
@@ -410,10 +418,12 @@ def evaluate_run(
     run: str | os.PathLike, # a run's folder
     quiet: bool = False, # no progress
 ) -> Evaluation:
-    "Score a run on its held-out clips, beside the floor and chance; writes results.csv and .json and a model card."
+    """Score a run on its held-out clips, beside the floor and chance; writes results.csv and .json and a model card.
+
+    Of a classifier's folder, score the embeddings of its encoder and write results.csv alone.
+    """
     run = Path(run)
-    if (run / "classifier.json").exists():
-        raise ValueError(f"{run} holds a classifier, whose scores are in results.json; name the folder of a run")
+    tuned = (run / "classifier.json").exists()  # then results.json holds the classifier's own scores
     generator = EmbeddingGenerator(run)
     train, test, protocol = open_again(run, generator.cfg, quiet)
     train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
@@ -422,6 +432,8 @@ def evaluate_run(
     floors = [floor_features(r.at_rate(16000), np.arange(len(r))) for r in (train, test)]
     report = make_report(train_x, train.labels, test_x, test.labels, tuple(floors), protocol)
     report.to_csv(run / "results.csv")
+    if tuned:
+        return Evaluation(report, train, test, test_x, floors[1], protocol)
     report.to_json(run / "results.json")
     scores = {name: {k: row[k] for k in ("knn", "linear") if k in row} for name, row in report.rows.items()}
     card = generator.model.generate_model_card(f"{train.source}: {protocol}.", scores)
@@ -454,7 +466,9 @@ def draw_run(
     with naming(run / "history.csv"):
         history = _renamed(History.from_csv(run / "history.csv"))
         plot_history(history.rows, run.name, axis="epoch").savefig(folder / "losses.png", dpi=110)
-    return [folder / "map.png", folder / "map.html", folder / "losses.png", *draw_reconstructions(run, test)]
+    drawn = [folder / "map.png", folder / "map.html", folder / "losses.png"]
+    tuned = (run / "classifier.json").exists()  # an encoder that its decoder has not followed
+    return drawn if tuned else [*drawn, *draw_reconstructions(run, test)]
 
 
 def _numbers(scores: dict) -> dict:
@@ -709,7 +723,7 @@ class Finetune:
             return False
         if (out / "results.json").exists():
             raise ValueError(f"{out} already holds a classifier; choose another --out")
-        before = json.loads((out / "finetune.json").read_text(encoding="utf-8"))
+        before = read_json(out / "finetune.json")
         for name, value in self.facts().items():
             if value != before.get(name):
                 raise ValueError(f"{name}={value!r} differs from the fine-tuning in {out}, which has "
@@ -722,7 +736,8 @@ class Finetune:
             data, seed = self.data, model.cfg.seed
             train, test, protocol = data.open(model.cfg, out=out)
         elif (path := Path(self.model) / "data.json").is_file():
-            data, seed = DataArgs.load(path), json.loads(path.read_text(encoding="utf-8")).get("seed", model.cfg.seed)
+            data = DataArgs.load(path)
+            seed = check_fields(read_json(path), dict(seed=int), path, ["seed"]).get("seed", model.cfg.seed)
             train, test, protocol = open_again(Path(self.model), model.cfg)
         else:
             raise ValueError(f"{self.model} does not say what it was trained on; name a folder with --data")
@@ -973,7 +988,7 @@ def parse(
     for name, command in commands.items():
         kind, default = (command, {}) if isinstance(command, type) else (type(command), {"default": command})
         kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **default)])
-    about = "AudioMAE++: see what a loss does to an embedding space."
+    about = "AudioMAE++: see what a loss does to an embedding space. --debug anywhere shows the traceback of an error."
     command = tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=argv, description=about)  # noqa: UP007
     if isinstance(command, Lab):
         command.line = shlex.join(["audiomaepp", *argv])
@@ -981,21 +996,55 @@ def parse(
         command.given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     return command
 
+# %% ../nbs/40_cli.ipynb #c11e0002
+_FORESEEN = (ValueError, OSError, FloatingPointError, ImportError, LoaderError)
+
+
+def error_line(error: Exception) -> str:
+    "An error as one line that says what to do."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any("Traceback" in line for line in lines):  # of a loader process
+        lines = lines[-1:]
+    words = "; ".join(lines)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in words:
+        reason = f" ({lines[0]})" if lines else ""
+        return f"the memory is not enough{reason}; use a smaller batch_size, shorter clips or a smaller model"
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, OutputError):
+        return f"{error.filename} cannot be used ({error.strerror}); check the path, its permissions and the disk"
+    if isinstance(error, ImportError) and "pip install" not in words:
+        package = (error.name or "it").partition(".")[0]
+        return f"{words}; install what is missing with pip install {package}"
+    if isinstance(error, _FORESEEN):
+        return words or type(error).__name__
+    return f"unexpected {type(error).__name__}: {words}".rstrip(": ") + "; run again with --debug for the traceback"
+
 
 def main(
     argv: list[str] | None = None, # the command line's own when left out
 ):
     "The `audiomaepp` command."
-    command = None
+    words, command = sys.argv[1:] if argv is None else argv, None
+    debug = "--debug" in words or os.environ.get("AUDIOMAEPP_DEBUG", "0") not in ("", "0")
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
-        command.run()
+        try:
+            command = parse([word for word in words if word != "--debug"])
+            command.run()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         if _is_main():
             words = command.after_stop() if hasattr(command, "after_stop") else ""
             print(f"\n{stopped or 'Stopped'}. {words}".rstrip(), file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
-    except (ValueError, FileNotFoundError, FloatingPointError, OutputError) as error:
-        if os.environ.get("AUDIOMAEPP_DEBUG"):
+    except BrokenPipeError:
+        with suppress(OSError):  # what is left to write goes nowhere, or Python complains when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as a process that SIGPIPE ended
+    except Exception as error:
+        if debug:
             raise
-        sys.exit(f"audiomaepp: {error}")
+        sys.exit(f"audiomaepp: {error_line(error)}")
+
+# %% ../nbs/40_cli.ipynb #c11e0005
+if __name__ == "__main__" and __package__:  # a notebook is no part of a package
+    main()

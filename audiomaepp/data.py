@@ -14,6 +14,7 @@ import math
 import os
 import re
 import signal
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -387,7 +388,12 @@ def _table_of(path: Path, extensions: frozenset[str]):
         broken = f" that can be opened ({skipped[0][0]} {skipped[0][1]})" if skipped else ""
         told = f"{path} holds no audio{broken}; files that end in {' '.join(sorted(extensions))} count"
         raise NoRecordings(told, Skipped(skipped))
-    return _folder_table(paths), skipped
+    table = _folder_table(paths)
+    only = os.path.commonpath([os.path.dirname(p) for p in paths])
+    if table["label"].isna().all() and only != str(path.absolute()):
+        warnings.warn(f"all recordings of {path} lie in one folder, {os.path.relpath(only, path)}, so they have no "
+                      "labels; for labels, put the recordings of each class into a folder of its own", stacklevel=3)
+    return table, skipped
 
 # %% ../nbs/11_data.ipynb #803d9e78
 def _glide(t, duration, tempo, rng, direction):
@@ -616,6 +622,11 @@ def split(
     words = f"{words}: {train.sum()} train / {test.sum()} test"
     if twice.any():
         words += f" ({twice.sum()} more were held-out files again)"
+    known = np.unique(recordings.labels[train & (recordings.labels >= 0)])
+    if len(known) == 1:
+        warnings.warn(f"all labelled training clips are of one class, {recordings.classes[known[0]]!r}; the contrastive"
+                      " loss with labels and the scores need at least two classes: add clips of others, or set "
+                      "use_labels=False (--no-use-labels)", stacklevel=2)
     return recordings.select(train), recordings.select(test), words
 
 # %% ../nbs/11_data.ipynb #d18e3c38

@@ -168,9 +168,10 @@ FINETUNING = dict(
     use_contrastive_loss=False, use_uniformity_loss=False, views=1, mask_padding=False, epochs=30, warmup_epochs=3,
     batch_size=32, base_lr=4e-3, weight_decay=0.05, betas=(0.9, 0.999),
 )
-CLASSIFIER_FILES = (  # what finetune writes
+CLASSIFIER_FILES = (  # what finetune writes, and evaluate and map in its folder
     "config.json", "model.safetensors", "head.safetensors", "classifier.json", "checkpoint*.safetensors", "history.csv",
-    "finetune.json", "data.json", "recordings.csv", "skipped.csv", "results.json",
+    "finetune.json", "data.json", "recordings.csv", "skipped.csv", "results.json", "results.csv", "pictures/map.png",
+    "pictures/map.html", "pictures/losses.png",
 )
 
 

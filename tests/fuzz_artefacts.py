@@ -26,7 +26,7 @@ import safetensors.torch
 import soundfile
 import torch
 
-from audiomaepp.cli import DataArgs
+from audiomaepp.cli import DataArgs, open_again
 from audiomaepp.config import Config
 from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
@@ -173,6 +173,10 @@ def _drawn(folder):
     repr(History.from_csv(folder / "run/history.csv"))
 
 
+def _opened(folder):
+    return [part.labels for part in open_again(folder / "run", Config(**SMALL), quiet=True)[:2]]
+
+
 def _file(loader, name):
     return lambda folder: loader(folder / name)
 
@@ -190,6 +194,7 @@ LOADERS = {
     "run/checkpoint.safetensors": [_progress, _checkpoint, _resumed],
     "run/data.json": [_file(DataArgs.load, "run/data.json")],
     "run/history.csv": [_drawn],
+    "run/recordings.csv": [_opened],
     "classifier/config.json": [_file(Classifier.from_pretrained, "classifier")],
     "classifier/model.safetensors": [_file(Classifier.from_pretrained, "classifier")],
     "classifier/head.safetensors": [_file(Classifier.from_pretrained, "classifier")],
