@@ -37,7 +37,7 @@ FORESEEN = {
     "allocate": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8"), "memory"),
     "extra": (ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript"), "onnxscript"),
     "loader": (LoaderError("a loader process ended; use a smaller num_workers"), "num_workers"),
-    "worker": (ValueError("Caught ValueError in worker 0.\nOriginal Traceback (…):\n  a\nValueError: b"), "ValueError: b"),
+    "worker": (ValueError("Caught ValueError in worker 0.\nOriginal Traceback (…):\n a\nValueError: b"), "Error: b"),
 }  # fmt: skip
 
 
