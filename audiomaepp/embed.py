@@ -571,6 +571,9 @@ def _rows_of(
         cut = _cut_all(pieces, generate.cfg.clip_samples, generate.hop, failed)
         for number, found in generate._whole(cut, pooling_mode, windows, ask):
             path = recordings.paths[todo[number]]
+            if not all(np.isfinite(vector).all() for *_, vector in found):
+                skipped.append((path, "gives an embedding with NaN or infinity"))
+                continue
             own = dict(zip(("size", "modified"), states[path], strict=True))
             yield [dict(path=path, start=start, end=end, **own, embedding=vector) for start, end, vector in found]
 

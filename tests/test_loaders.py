@@ -234,6 +234,23 @@ def test_a_damaged_part_is_found_before_hours_of_embedding(folder):
         EmbeddingGenerator(folder / "run", "cpu").embed_folder(folder / "sounds", path, quiet=True)
 
 
+def test_an_embedding_that_is_not_finite_is_never_written(folder, monkeypatch, tmp_path):
+    """A table with one NaN row cannot be searched, and the next call would refuse it."""
+    plain = EmbeddingGenerator._embed
+
+    def overflowing(self, wav, lengths, pooling_mode):
+        vectors = plain(self, wav, lengths, pooling_mode)
+        vectors[wav.std(dim=1).argmin()] = float("inf")
+        return vectors
+
+    monkeypatch.setattr(EmbeddingGenerator, "_embed", overflowing)
+    embed = EmbeddingGenerator(folder / "run", "cpu")
+    table = embed.embed_folder(folder / "sounds", tmp_path / "x.parquet", quiet=True)
+    ((path, reason),) = table.attrs["skipped"]
+    assert "NaN or infinity" in reason and path not in set(table["path"]) and len(table) == 3
+    assert len(SoundIndex(tmp_path / "x.parquet")) == 3
+
+
 @pytest.mark.parametrize("value", ["soon", "-1", "inf"])
 def test_durations_that_are_none_are_named(folder, value):
     path = folder / "manifest.csv"
