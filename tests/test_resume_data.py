@@ -170,6 +170,25 @@ def test_names_that_are_not_utf8(tmp_path):
     assert len(train) + len(test) == 8
 
 
+def test_names_that_are_not_utf8_are_compared(tmp_path):
+    """Two files that differ in such bytes would count as one."""
+    parts = []
+    for part in (b"a", b"b"):
+        made = synthesize(n=2, classes=1, seconds=1)
+        made.paths = [os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 %b %d\n.wav" % (part, i)) for i in range(2)]
+        for path, wave in zip(made.paths, made.waves, strict=True):
+            soundfile.write(os.fsencode(path), wave.numpy(), 16000)
+        parts.append(made)
+    table = tmp_path / "recordings.csv"
+    cli.write_recordings(table, *parts, str(tmp_path))
+    assert "caf\\udce9 a 0" in table.read_text(encoding="utf-8")
+    assert cli.compare_recordings(table, *parts, str(tmp_path))[2] == []
+    os.rename(parts[1].paths[0], tmp_path / "plain.wav")
+    parts[1].paths[0] = str(tmp_path / "plain.wav")
+    changes = cli.compare_recordings(table, *parts, str(tmp_path))[2]
+    assert changes == ["caf\\udce9 b 0\n.wav is missing or cannot be read", "plain.wav is new"]
+
+
 def test_runs_of_earlier_versions_are_opened(home):
     """They have no table of recordings: what they have is checked, and nothing more."""
     (home / "run" / "recordings.csv").unlink()
