@@ -54,6 +54,7 @@ from audiomaepp.files import (
     only_writer,
     read_json,
     read_parquet,
+    replacing,
     sweep,
     write_atomic,
 )
@@ -472,10 +473,8 @@ def _write_results(folder: Path, results: list[Result], history: History, failed
     "Keep what is known of a training; results.json comes last, so that it is there only if all is."
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{i}.{name}": getattr(result, name) for i, result in enumerate(results) for name in _ARRAYS}
-    with tempfile.TemporaryFile() as file:
+    with replacing(folder / "results.npz") as whole, open(whole, "wb") as file:
         np.savez(file, **arrays)
-        file.seek(0)
-        write_atomic(folder / "results.npz", file.read())
     facts = [{k: v for k, v in vars(result).items() if k not in _ARRAYS} for result in results]
     text = json.dumps({"results": facts, "history": history.rows, "failed": failed}, indent=1)
     write_atomic(folder / "results.json", text.encode() + b"\n")
