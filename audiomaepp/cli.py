@@ -37,7 +37,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .audio import _import_torchaudio, build_frontend
+from .audio import _import_torchaudio, build_frontend, printable
 from .config import PRESETS, Config, _known
 from audiomaepp.data import (
     NoRecordings,
@@ -379,7 +379,7 @@ def _renamed(history: History) -> History:
 
 def _skipped_lines(skipped: list, most: int = 5) -> list[str]:
     "What was skipped and why, for a terminal."
-    lines = [f"skipped {path}: {reason}" for path, reason in skipped[:most]]
+    lines = [printable(f"skipped {path}: {reason}") for path, reason in skipped[:most]]
     return lines + [f"… and {len(skipped) - most} more, all in skipped.csv"] * (len(skipped) > most)
 
 # %% ../nbs/40_cli.ipynb #c228e3af
@@ -459,8 +459,8 @@ def draw_run(
     panels = [(name, xy, _numbers(evaluation.report.rows.get(name, {}))) for name, xy in places.items()]
     plot_maps(panels, labels, run.name, held_out=evaluation.protocol, names=classes,
               legend="" if colour == "label" else colour, panel_size=3.2).savefig(folder / "map.png", dpi=110)
-    table = test.table.drop(columns=[c for c in test.table if test.table[c].isna().all()])
-    table = table.assign(path=[Path(p).name if os.path.exists(p) else p for p in table["path"]])
+    table = test.table.drop(columns=[c for c in test.table if c == "path_bytes" or test.table[c].isna().all()])
+    table = table.assign(path=[printable(Path(p).name if os.path.exists(p) else p) for p in test.paths])
     save_html_map(places["this model"], table, folder / "map.html", run.name, held_out=evaluation.protocol,
                   colour=colour if colour in table else None, names=classes)
     with naming(run / "history.csv"):
@@ -494,7 +494,7 @@ def draw_reconstructions(
         spec = build_frontend(cfg)(wave[None])
         with torch.no_grad():
             out = model(spec, torch.zeros(1, dtype=torch.long))
-        name = test.table["label"].iat[i] or Path(test.paths[i]).name
+        name = test.table["label"].iat[i] or printable(Path(test.paths[i]).name)
         painted, seconds = model.unpatchify(out.pred)[0, 0], cfg.hop_length / cfg.sample_rate
         figure = plot_reconstruction(spec[0, 0], out.mask[0], painted, cfg.patch_size, f"{name} (held out)",
                                      cfg.norm_pix_loss, seconds)
@@ -559,7 +559,7 @@ class Train:
     def run(self):
         if not self.out and (self.resume or "WORLD_SIZE" in os.environ):
             raise ValueError("out='' names no folder; with --resume, or on several processes, use --out runs/name")
-        self.out = self.out or f"runs/{Path(self.data.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.out = self.out or f"runs/{printable(Path(self.data.data).stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
         if self.resume:
             self.data, self.config = self.as_begun()
         train_run(self.config, self.data, self.out, self.resume)
@@ -672,7 +672,8 @@ class Search:
         hits = SoundIndex(self.table, self.model).search(list(self.clips), self.k)
         print(hits)
         if self.out:
-            write_atomic(self.out, hits.table.to_csv(index=False).encode("utf-8", "backslashreplace"))
+            table = hits.table.drop(columns="path_bytes", errors="ignore")
+            write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
 
 # %% ../nbs/40_cli.ipynb #70dbc002
 @dataclass
@@ -892,7 +893,7 @@ class Lab:
         names = ("settings", "seeds", "base", "pooling")
         facts = [dataclasses.asdict(self.data) | {"data": where}, *(getattr(experiment, name) for name in names)]
         word = hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:6]
-        return Path(f"runs/lab-{Path(where).stem}-{word}")
+        return Path(f"runs/lab-{printable(Path(where).stem)}-{word}")
 
     def run(self):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -996,6 +997,12 @@ def parse(
         command.given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     return command
 
+
+def _need_utf8(out: str):
+    "Raise `ValueError` where a run's folder has a name that safetensors cannot open, before anything is trained."
+    if printable(out) != out:
+        raise ValueError(f"out={out!r} must be a name in UTF-8, got other bytes; use another --out")
+
 # %% ../nbs/40_cli.ipynb #c11e0002
 _FORESEEN = (ValueError, OSError, FloatingPointError, ImportError, LoaderError)
 
@@ -1025,9 +1032,14 @@ def main(
     "The `audiomaepp` command."
     words, command = sys.argv[1:] if argv is None else argv, None
     debug = "--debug" in words or os.environ.get("AUDIOMAEPP_DEBUG", "0") not in ("", "0")
+    for stream in (sys.stdout, sys.stderr):  # where a terminal's encoding lacks a character, its code is printed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             command = parse([word for word in words if word != "--debug"])
+            if isinstance(command, Demo | Train | Finetune | Lab):
+                _need_utf8(command.out)
             command.run()
         finally:
             sys.stdout.flush()
@@ -1043,7 +1055,7 @@ def main(
     except Exception as error:
         if debug:
             raise
-        sys.exit(f"audiomaepp: {error_line(error)}")
+        sys.exit(printable(f"audiomaepp: {error_line(error)}"))
 
 # %% ../nbs/40_cli.ipynb #c11e0005
 if __name__ == "__main__" and __package__:  # a notebook is no part of a package

@@ -24,9 +24,9 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .audio import AudioError, build_frontend, load_audio, resample, stream_audio, windows
+from .audio import AudioError, build_frontend, load_audio, printable, resample, stream_audio, windows
 from .config import Config
-from .data import Recordings, Skipped, open_recordings
+from .data import Recordings, Skipped, _with_paths, open_recordings, paths_of
 from audiomaepp.files import (
     Stop,
     Stopped,
@@ -35,6 +35,7 @@ from audiomaepp.files import (
     naming,
     only_writer,
     parquet_schema,
+    read_parquet,
     replacing,
     stopping,
     sweep,
@@ -450,7 +451,7 @@ class _Store:
         self.rows, self.saved = [], time.monotonic()
         self.parts = self.out.with_name(self.out.name + ".parts")
         number, real = pa.int64(), pa.float64()
-        kinds = dict(path=pa.string(), start=real, end=real, size=number, modified=number)
+        kinds = dict(path=pa.string(), path_bytes=pa.binary(), start=real, end=real, size=number, modified=number)
         self.schema = pa.schema([*kinds.items(), ("embedding", pa.list_(pa.float32()))])
         self.done: dict[str, int] = {}  # path → the number of the source that has it as it is now
         self.sources: list[Path] = []
@@ -479,24 +480,25 @@ class _Store:
             elif name not in self.states and os.path.exists(name):
                 others.add(name)
         if others:
-            raise ValueError(f"{path} holds {len(others)} recordings that are not among these, as {min(others)}; "
-                             "another file as out would do")
+            raise ValueError(f"{path} holds {len(others)} recordings that are not among these, as "
+                             f"{printable(min(others))}; another file as out would do")
         self.sources.append(path)
 
     def _rows(self, path: Path) -> Iterator[tuple[str, int, int]]:
         "Path, size and time of the rows of a file, whose embeddings are checked on the way."
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        parquet_schema(path, self.schema.names)
-        with naming(path, "a Parquet table of embed_folder"), pq.ParquetFile(path) as file:
+        plain = [field for field in self.schema if field.name != "path_bytes"]  # which few tables have
+        parquet_schema(path, [field.name for field in plain])
+        with naming(path, "a Parquet table of embed_folder"):
             first = 0
-            for batch in file.iter_batches(4096, columns=self.schema.names):
-                found = pa.Table.from_batches([batch]).select(self.schema.names).cast(self.schema)
+            for batch in self._batches(path):
+                found = pa.Table.from_batches([batch]).select([field.name for field in plain]).cast(pa.schema(plain))
                 if gaps := [name for name in ("path", "start", "end") if found[name].null_count]:
                     raise damaged(path, "a table without gaps", f"rows without {gaps[0]}")
                 self.width = stacked(found["embedding"].to_pandas(), path, self.width, first).shape[1] or self.width
-                yield from zip(*(found[name].to_pylist() for name in ("path", "size", "modified")), strict=True)
+                states = (found[name].to_pylist() for name in ("size", "modified"))
+                yield from zip(_names(batch), *states, strict=True)
                 first += len(batch)
 
     def add(self, rows: list[dict]):
@@ -508,13 +510,16 @@ class _Store:
     def close(self):
         "Write the rows that are in no part yet."
         import pandas as pd
+        import pyarrow as pa
 
         if not self.rows:
             return
         last = self.sources[-1].stem if self.sources and self.sources[-1] != self.out else "-1"
         path = self.parts / f"{int(last) + 1:06d}.parquet"
-        write_parquet(pd.DataFrame(self.rows), path, self.notes, self.schema)
-        self.done.update({row["path"]: len(self.sources) for row in self.rows})
+        paths = [row["path"] for row in self.rows]
+        part = _with_paths(pd.DataFrame(self.rows, columns=list(_OWN)), paths)
+        write_parquet(part, path, self.notes, pa.schema([f for f in self.schema if f.name in part]))
+        self.done.update(dict.fromkeys(paths, len(self.sources)))
         self.sources.append(path)
         self.rows, self.saved = [], time.monotonic()
 
@@ -527,24 +532,36 @@ class _Store:
         import pyarrow.parquet as pq
 
         plain, places = _storable(table), {}
-        for row, path in enumerate(table["path"]):
+        for row, path in enumerate(paths_of(table)):
             places.setdefault(path, []).append(row)
         columns = pa.Schema.from_pandas(plain, preserve_index=False)
         added = [self.schema.field(name) for name in _OWN]
         schema = pa.schema([*columns, *added], {f"audiomaepp.{k}": v for k, v in self.notes.items()})
-        with replacing(self.out) as whole, pq.ParquetWriter(whole, schema) as writer:
+        with replacing(self.out) as whole, open(whole, "wb") as file, pq.ParquetWriter(file, schema) as writer:
             for number, source in enumerate(self.sources):
-                for batch in pq.ParquetFile(source).iter_batches(columns=self.schema.names):
-                    pairs = [(i, row) for i, path in enumerate(batch.column("path").to_pylist())
+                for batch in self._batches(source):
+                    pairs = [(i, row) for i, path in enumerate(_names(batch))
                              if self.done.get(path) == number for row in places[path]]
-                    found = pa.Table.from_batches([batch]).select(self.schema.names).cast(self.schema)
+                    found = pa.Table.from_batches([batch]).select(list(_OWN)).cast(pa.schema(added))
                     found = found.take([i for i, _ in pairs]) if pairs else found.slice(0, 0)
                     own = pa.Table.from_pandas(plain.iloc[[row for _, row in pairs]], columns, preserve_index=False)
-                    writer.write_table(pa.table([*own.columns, *(found[f.name] for f in added)], schema=schema))
+                    writer.write_table(pa.table([*own.columns, *found.columns], schema=schema))
         for part in [source for source in self.sources if source != self.out]:
             part.unlink()
         with suppress(OSError):  # unless the user has put something there
             self.parts.rmdir()
+
+    def _batches(self, path: Path) -> Iterator: # of pyarrow.RecordBatches
+        "All that a file holds, in parts."
+        import pyarrow.parquet as pq
+
+        with open(path, "rb") as source, pq.ParquetFile(source) as file:  # by name, pyarrow opens UTF-8 alone
+            yield from file.iter_batches(4096, columns=self.schema.names)
+
+
+def _names(batch) -> list[str]:
+    "The paths in a pyarrow.RecordBatch."
+    return paths_of(batch.select([name for name in ("path", "path_bytes") if name in batch.schema.names]).to_pandas())
 
 # %% ../nbs/20_embed.ipynb #70db8007
 def _rows_of(
@@ -609,30 +626,23 @@ class EmbeddingGenerator(_Recordings):
             notes["place"] = self.place
             store = _Store(out, notes, states, save_seconds) if out is not None else None
             done, skipped = store.done if store else {}, Skipped(recordings.skipped)
-            named = {path: i for i, path in reversed(list(enumerate(paths))) if not store or _is_utf8(path, skipped)}
+            named = {path: i for i, path in reversed(list(enumerate(paths)))}
             todo = [i for path, i in sorted(named.items(), key=lambda item: item[1]) if path not in done]
             how = dict(pooling_mode=pooling, windows=windows, workers=workers, quiet=quiet)
             if store is None:
                 rows = [row for found in _rows_of(self, recordings, todo, states, skipped, **how) for row in found]
-                result = table.merge(pd.DataFrame(rows, columns=["path", *_OWN]), on="path", sort=False)
+                numbers = np.array([named[row["path"]] for row in rows], dtype=int)
+                own = pd.DataFrame(rows, columns=list(_OWN)).assign(_clip=numbers)
+                table = table.assign(_clip=[named[path] for path in paths])
+                result = table.merge(own, on="_clip", sort=False).drop(columns="_clip")
             else:
                 with stopping() as stop, closing(store):
                     for found in _rows_of(self, recordings, todo, states, skipped, stop=stop, **how):
                         store.add(found)
-                store.finish(table[[path in named for path in paths]])
-                result = pd.read_parquet(out)
+                store.finish(table)
+                result = read_parquet(out)
         result.attrs["skipped"] = skipped
         return result
-
-
-def _is_utf8(path: str, skipped: Skipped) -> bool:
-    "Whether Parquet can hold a file's name; if not, it is skipped."
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        skipped.append((path, "has a name that is no UTF-8, which Parquet cannot hold"))
-        return False
-    return True
 
 # %% ../nbs/20_embed.ipynb #70dbb002
 class AudioMAEEmbedder(TransformerMixin, BaseEstimator):

@@ -415,7 +415,7 @@ def parquet_schema(
     import pyarrow.parquet as pq
 
     size = os.stat(path).st_size
-    with naming(path, "a Parquet table"), pq.ParquetFile(path) as file:
+    with naming(path, "a Parquet table"), open(path, "rb") as source, pq.ParquetFile(source) as file:
         meta, schema = file.metadata, file.schema_arrow
         claimed = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
     for name, count in Counter(schema.names).items():
@@ -437,8 +437,8 @@ def read_parquet(
     import pandas as pd
 
     parquet_schema(path, need)
-    with naming(path, "a Parquet table"):
-        return pd.read_parquet(path)
+    with naming(path, "a Parquet table"), open(path, "rb") as file:  # by name, pyarrow opens UTF-8 alone
+        return pd.read_parquet(file)
 
 # %% ../nbs/files.ipynb #f11e0123
 def check_archive(

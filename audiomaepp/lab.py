@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__
-from .audio import LogMel, build_frontend
+from .audio import LogMel, build_frontend, printable
 from .config import POOLING_MODES, Config, escape
 from audiomaepp.data import (
     Recordings,
@@ -1019,7 +1019,7 @@ def _listed(lines: Iterable[str]) -> str:
 def _metadata(held_out: "pd.DataFrame", most: int = 3) -> list[str]:
     "Columns that are worth a colour: several values, but not one for each clip, unless they are numbers."
     found = []
-    for name in held_out.columns.drop(["path", "label"]):
+    for name in held_out.columns.drop(["path", "path_bytes", "label"], errors="ignore"):
         values = held_out[name].dropna()
         numbers = values.dtype.kind == "f" and (values != values.round()).any()
         if (numbers and values.nunique() > 2) or 1 < values.nunique() <= min(12, len(values) // 2):
@@ -1117,9 +1117,9 @@ class _Report(_Sections):
             "What moved": self._movement(),
             "Settings": self._settings(),
             "How it was measured": _listed(_PROTOCOL),
-            "Left out": _listed(f"{path}: {why}" for path, why in self.skipped) if self.skipped else "",
+            "Left out": _listed(printable(f"{path}: {why}") for path, why in self.skipped) if self.skipped else "",
             "Versions": f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in e.versions.items()))}</p>',
-            "Again": f"<pre>{escape(repeat or _repeat(e))}</pre>",
+            "Again": f"<pre>{escape(printable(repeat or _repeat(e)))}</pre>",
         }
         write_atomic(path, _page(title, sections).encode())
         return Path(path)
@@ -1278,7 +1278,7 @@ def _versions_of(folder: Path, experiment: Experiment) -> dict[str, str]:
 
 def _utf8(value) -> str | None:
     "A cell of a table as text that can be written: a file's name may hold bytes that are no UTF-8."
-    return None if value is None or value != value else os.fsencode(str(value)).decode("utf-8", "replace")
+    return value if isinstance(value, bytes) else None if value is None or value != value else printable(str(value))
 
 # %% ../nbs/23_lab.ipynb #fda10388
 def compare_losses(

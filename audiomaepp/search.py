@@ -11,7 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
+from .audio import printable
 from .config import escape
+from .data import paths_of
 from .embed import EmbeddingGenerator, fingerprint, stacked
 from .evaluate import standardise
 from .files import parquet_schema, read_parquet, shown
@@ -45,12 +47,13 @@ class Hits:
         from audiomaepp.audio import AudioError, load_audio
 
         head, rows = "".join(f"<th>{escape(c)}</th>" for c in self._shown()), []
+        paths = paths_of(self.table)
         for number, row in enumerate(self.table.to_dict("records")):
             cells = [f"{row[c]:.3f}" if isinstance(row[c], float) else escape(row[c]) for c in self._shown()]
             player = ""
             if number < 12:  # sounds make a notebook large
                 try:
-                    wave = load_audio(row["path"], 8000, start=row.get("start", 0.0), seconds=2.0)
+                    wave = load_audio(paths[number], 8000, start=row.get("start", 0.0), seconds=2.0)
                     player = Audio(wave.numpy(), rate=8000)._repr_html_()
                 except AudioError as error:
                     player = f"<small>{escape(error.reason)}</small>"
@@ -77,6 +80,7 @@ class SoundIndex:
         if "embedding" not in self.table or not len(self.table):
             raise ValueError(f"{self.name} has {len(self.table)} rows and the columns {', '.join(self.table.columns)}; "
                              "one that embed_folder wrote, with embeddings, would do")
+        self.paths = paths_of(self.table)
         self.x, self.exact = stacked(self.table["embedding"], self.name), exact
         self.notes = {} if isinstance(table, pd.DataFrame) else _notes(table)
         self.model = None if model is None else _maker(model, self.notes, self.name)
@@ -97,15 +101,16 @@ class SoundIndex:
     @cached_property
     def _places(self) -> np.ndarray: # (n,) of str
         "The rows' paths as `_place` has them; each folder is looked up once."
-        pairs = [os.path.split(os.path.abspath(path)) for path in map(str, self.table["path"])]
+        pairs = [os.path.split(os.path.abspath(path)) for path in self.paths]
         real = {folder: os.path.realpath(folder) for folder, _ in pairs}
         return np.array([os.path.join(real[folder], name) for folder, name in pairs], dtype=object)
 
     def _own(self, path: str | os.PathLike) -> np.ndarray: # (n,) bool
-        "Which rows are of a file, however its path is written."
+        "Which rows are of a file, however its path is written; also as the table shows it."
         folder, name = os.path.split(os.path.abspath(path))
         places = [os.path.join(os.path.realpath(folder), name), os.path.realpath(path)]  # it may be a link itself
-        return (self.table["path"] == os.fspath(path)).to_numpy() | np.isin(self._places, places)
+        own = np.isin(self._places, places)
+        return own if own.any() else (self.table["path"] == printable(os.fspath(path))).to_numpy()
 
     def _generator(self, query) -> EmbeddingGenerator:
         "The model that embeds a query that is not in the table."
@@ -152,7 +157,8 @@ class SoundIndex:
         if k < 1:
             raise ValueError(f"k={k} finds nothing; 1 or more would do")
         _, vector = standardise(self.x, self.vector(query)[None])
-        key, paths = _directions(vector)[0], [q for q in _listed(query) if isinstance(q, str | os.PathLike)]
+        key, clips = _directions(vector)[0], query if isinstance(query, list | tuple) else [query]
+        paths = [clip for clip in clips if isinstance(clip, str | os.PathLike)]
         own = np.any([self._own(path) for path in paths], axis=0) if paths else np.zeros(len(self), bool)
         if len(self) <= self.exact:
             similar = self.keys @ key
@@ -163,11 +169,6 @@ class SoundIndex:
             similar[rows] = self.keys[rows] @ key
         rows = rows[~own[rows]][:k]
         return Hits(self.table.iloc[rows].drop(columns="embedding").assign(similarity=similar[rows]))
-
-
-def _listed(query) -> list:
-    "A query as a list."
-    return list(query) if isinstance(query, list | tuple) else [query]
 
 
 def _directions(x: np.ndarray) -> np.ndarray: # (n, D) float32 of length 1

@@ -30,6 +30,7 @@ from audiomaepp.audio import (
     probe,
     resample,
     standardise_spec,
+    stream_audio,
     windows,
 )
 from audiomaepp.config import Config
@@ -244,6 +245,28 @@ def test_cut_off(tmp_path, name, kind):
     assert "of 48000" in reason(path, start=1, seconds=1)
 
 
+@pytest.mark.parametrize("how", [{}, dict(format="OGG", subtype="OPUS")])
+@pytest.mark.parametrize("share", [0.999, 0.6, "page", "zeros"])
+def test_an_ogg_file_that_is_cut_off(tmp_path, how, share):
+    "Its header states no length: a copy that broke off would be a shorter recording, and pass as one."
+    data = write(tmp_path / "a.ogg", 320_000, **how).read_bytes()
+    assert load_audio(data).shape == (320_000,)
+    assert load_audio(data + b"TAG" + bytes(125)).shape == (320_000,), "what another program put behind it is no harm"
+    if share == "page":
+        data = data[: data.rindex(b"OggS")]
+    elif share == "zeros":
+        data = data[: len(data) // 4] + bytes(len(data) * 3 // 4)
+    else:
+        data = data[: int(len(data) * share)]
+    (tmp_path / "a.ogg").write_bytes(data)
+    for source in (data, tmp_path / "a.ogg", io.BytesIO(data)):
+        assert reason(source).startswith("is cut off: ")
+    with pytest.raises(AudioError, match="is cut off"):
+        list(stream_audio(data, seconds=1))
+    assert load_audio(data, seconds=1).shape == (RATE,), "what is asked for is there"
+    assert "is cut off" in reason(data, start=1) and "is cut off" in reason(data, start=19, seconds=5)
+
+
 def test_cut_within_the_first_frame(tmp_path):
     assert "0 of 48000" in reason(cut(write(tmp_path / "a.flac"), 0.03))
     assert "not audio" in reason(cut(write(tmp_path / "a.flac"), 0.0002))
@@ -316,6 +339,68 @@ def test_no_audio(tmp_path, name, content, words):
         probe(tmp_path / name)
 
 
+def crc(data, polynomial, bits):
+    "A checksum as FLAC has it."
+    value, top = 0, 1 << bits - 1
+    for byte in data:
+        value ^= byte << bits - 8
+        for _ in range(8):
+            value = (value << 1 ^ (polynomial if value & top else 0)) & (2 * top - 1)
+    return value.to_bytes(bits // 8, "big")
+
+
+def silent_flac(frames, rate, claimed=None):
+    "A FLAC file of digital silence, 65,535 samples in a frame of some 14 bytes; perhaps with another length claimed."
+    size = 65_535
+    facts = rate << 44 | 15 << 36 | (frames * size if claimed is None else claimed)
+    parts = [b"fLaC\x80\0\0\x22", size.to_bytes(2, "big") * 2, bytes(6), facts.to_bytes(8, "big"), bytes(16)]
+    for n in range(frames):
+        number = chr(n).encode("utf-8", "surrogatepass") # frames are numbered in what became UTF-8
+        head = b"\xff\xf8\x70\x08" + number + (size - 1).to_bytes(2, "big")
+        head += crc(head, 0x07, 8) + bytes(3)
+        parts += [head, crc(head, 0x8005, 16)]
+    return b"".join(parts)
+
+
+def test_a_few_bytes_of_silence_are_counted_in_flat_memory(tmp_path):
+    "12 kB of FLAC become 240 MB of samples, and a few MB what fills every memory."
+    (tmp_path / "a.flac").write_bytes(silent_flac(900, RATE))
+    out = run(f"""
+        import resource, pandas as pd
+        from audiomaepp.audio import probe, stream_audio
+        from audiomaepp.data import Recordings, drop_unreadable
+        path = {str(tmp_path / "a.flac")!r}
+        sum(map(len, stream_audio({silent_flac(20, RATE)!r}))) # what is needed once
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = drop_unreadable(Recordings(pd.DataFrame({{"path": [path]}})), quiet=True)
+        print(found.table.seconds[0], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """)
+    seconds, grown = map(float, out.split())
+    assert seconds == 900 * 65_535 / RATE and grown < 40
+
+
+@pytest.mark.parametrize("claimed", [None, 10**9, int(1.1e6 * RATE), 2**36 - 1])
+def test_a_header_that_claims_more_than_the_file_holds(tmp_path, claimed):
+    data = silent_flac(200 if claimed else 24_000, RATE if claimed else 1_425, claimed) # the first is what it claims
+    words = f"of {claimed} samples" if claimed == 10**9 else "claims to last [0-9]+ s"
+    for read in (load_audio, lambda data: list(stream_audio(data))):
+        with pytest.raises(AudioError, match=words):
+            read(data)
+    assert load_audio(data, start=5, seconds=1).shape == (RATE,)
+
+
+def test_samples_of_unknown_number_are_counted_in_flat_memory(tmp_path):
+    out = run(f"""
+        import resource
+        from audiomaepp.audio import probe
+        probe({silent_flac(20, RATE, 0)!r})
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(probe({silent_flac(500, RATE, 0)!r}).frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """)
+    frames, grown = map(int, out.split())
+    assert frames == 500 * 65_535 and grown < 40 * 1024
+
+
 def test_nothing_in_it(tmp_path):
     assert reason(write(tmp_path / "a.wav", 0)) == "holds no samples"
 
@@ -348,15 +433,26 @@ def test_no_file(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
 def test_what_would_hang(tmp_path):
+    "Each is called by its name, also behind a link, and is never opened: a pipe waits for ever, a device has no end."
     os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "zero.wav").symlink_to("/dev/zero")
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "link.wav").symlink_to("folder.wav")
+    wanted = {
+        "pipe.wav": "is a pipe, not a regular file", "socket.wav": "is a socket, not a regular file",
+        "/dev/zero": "is a device, not a regular file", "folder.wav": "is a folder, not a file",
+        "zero.wav": "is a link to /dev/zero, which is a device, not a regular file",
+        "link.wav": "is a link to folder.wav, which is a folder, not a file",
+    }
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "socket.wav"))
         found = []
-        for name in (tmp_path / "pipe.wav", tmp_path / "socket.wav", "/dev/zero"):
-            thread = threading.Thread(target=lambda name=name: found.append(reason(name)), daemon=True)
+        for name, words in wanted.items():
+            path = tmp_path / name
+            thread = threading.Thread(target=lambda path=path: found.append(reason(path)), daemon=True)
             thread.start()
             thread.join(10)
-            assert found.pop() == "is a pipe, socket or device, not a file"
+            assert found.pop() == words
 
 
 def test_permission(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def bad_folder(tmp_path):
     }
     if hasattr(os, "mkfifo"):
         os.mkfifo(at / "a" / "pipe.wav")
-        bad["pipe.wav"] = "not a regular file"
+        bad["pipe.wav"] = "is a pipe, not a regular file"
     return at, good, bad
 
 
@@ -182,6 +182,20 @@ def test_a_batch_of_nothing_but_bad_files(tmp_path):
     assert list(make_loader(recordings, config(), train=False)) == []
 
 
+def test_what_lasts_long_is_decoded_whole_and_not_kept(tmp_path):
+    "A table may say that an hour lasts five seconds; and the last minute of it may be broken."
+    import pandas as pd
+
+    for name in ("good", "cut"):
+        write(tmp_path / f"{name}.flac", np.random.default_rng(0).normal(0, 0.1, 700 * 1000), 1000)
+    data = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(data[: len(data) * 99 // 100])
+    table = pd.DataFrame({"path": [str(tmp_path / name) for name in ("good.flac", "cut.flac")], "seconds": 5.0})
+    found = drop_unreadable(Recordings(table), quiet=True)
+    assert found.table["seconds"].tolist() == [700] and found.waves == [None]
+    assert [os.path.basename(path) for path, _ in found.skipped] == ["cut.flac"] and "cut off" in found.skipped[0][1]
+
+
 def test_what_does_not_fit_into_memory_is_not_kept(folder):
     recordings = drop_unreadable(open_recordings(folder), keep=100_000, quiet=True)
     assert not recordings.in_memory and not any(w is not None for w in recordings.waves)
@@ -214,6 +228,19 @@ def test_links(tmp_path):
     assert sorted(recordings.table.label) == ["a", "b", "b"]
     train, test, words = split(recordings, held_out=[0])
     assert len(train) == 1 and train.paths[0].endswith("y.wav") and "held-out files again" in words
+
+
+def test_links_to_what_is_no_file_are_called_by_name(tmp_path):
+    "Said to be missing, they are looked for where they are."
+    write(tmp_path / "good.wav", tone(), RATE)
+    (tmp_path / "zero.wav").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "list.csv")
+    (tmp_path / "pipe.wav").symlink_to("list.csv")
+    reasons = {os.path.basename(path): reason for path, reason in open_recordings(tmp_path).skipped}
+    assert reasons["zero.wav"] == "is a link to /dev/zero, which is a device, not a regular file"
+    assert reasons["pipe.wav"] == "is a link to list.csv, which is a pipe, not a regular file"
+    with pytest.raises(ValueError, match=r"list.csv is a pipe"): # not opened: it would wait for ever
+        open_recordings(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -289,6 +316,55 @@ def test_labels_and_groups_from_file_names():
         split(recordings, group="bob")
     one, two = split(recordings)[:2]
     assert not set(one.table.group) & set(two.table.group) and len(two) == 500
+
+
+# ---- choosing rows
+
+
+@pytest.fixture
+def listed():
+    import pandas as pd
+
+    table = {"path": list("abcdef"), "label": ["owl", "rain", None] * 2, "fold": [1, 2, 3] * 2}
+    table |= {"pitch": [1.5, -2, 0, 4, np.nan, 3], "wet": [True, False] * 3}
+    table |= {"when": pd.date_range("2026-01-01", periods=6)}
+    return Recordings(pd.DataFrame(table))
+
+
+@pytest.mark.parametrize(
+    "query, rows",
+    [
+        ("fold == 2", "be"), ("2 == fold", "be"), ("label == 'owl'", "ad"), ("label != 'owl'", "bcef"),
+        ("1 < fold <= 3 and pitch < 1", "bc"), ("label in ['owl', 'rain'] and not fold == 1", "be"),
+        ("fold not in (1, 2)", "cf"), ("fold == [1, 3]", "acdf"), ("pitch >= -2 or label == 'rain'", "abcdef"),
+        ("(fold == 1) & (pitch > 2) | ~(fold < 3)", "cdf"), ("wet", "ace"), ("not wet and fold == 2", "b"),
+        ("pitch == pitch", "abcdf"), ("when > '2026-01-04'", "ef"), ("  fold == 2\n", "be"), ("label == 'a@b`c'", ""),
+    ],
+)
+def test_queries(listed, query, rows):
+    assert listed.select(query).paths == list(rows)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "@__import__('os').system('touch ran')", "@ran()", "__import__('os').system('touch ran')", "`fold` == 1",
+        "label.str.len() > 3", "fold.__class__ == 1", "(lambda: 1)() == fold", "[x for x in fold] == fold",
+        "fold if wet else pitch", "f'{fold}' == label", "(x := fold) == 1", "fold[0] == 1", "fold == 9 ** 9 ** 9",
+        "fold", "1 == 1", "nothing == 1", "fold is None", "'o' in label", "fold in pitch", "fold in [wet]", "label > 3",
+        "", "fold ==", "fold == 1 &", "fold == 1; 2", "fold == 'x\0'  \0", "not " * 5_000 + "wet", "(" * 5_000,
+        "fold and wet", "yield fold", "open == 1", "index == 1", "wet == (wet, [fold])",
+    ],
+)  # fmt: skip
+def test_a_query_runs_nothing(listed, query, tmp_path, monkeypatch):
+    "A query may come out of a file or off a web page."
+    monkeypatch.chdir(tmp_path)
+    ran = lambda: Path("ran").touch() # noqa: E731, F841 pandas' own queries can see it
+    with pytest.raises(ValueError, match="query="):
+        listed.select(query)
+    with pytest.raises(ValueError, match="query="):
+        split(listed, held_out=query)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- splits
