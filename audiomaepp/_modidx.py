@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'audiomaepp.cli._no_column': ('cli.html#_no_column', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli._numbers': ('cli.html#_numbers', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli._on_main': ('cli.html#_on_main', 'audiomaepp/cli.py'),
+                                'audiomaepp.cli._plain': ('cli.html#_plain', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli._print_result': ('cli.html#_print_result', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli._read_value': ('cli.html#_read_value', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli._renamed': ('cli.html#_renamed', 'audiomaepp/cli.py'),

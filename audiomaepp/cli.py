@@ -9,6 +9,7 @@ __all__ = ['RUN_FILES', 'DataArgs', 'open_again', 'write_recordings', 'compare_r
            'error_line', 'main']
 
 # %% ../nbs/40_cli.ipynb #bf971662
+import codecs
 import csv
 import dataclasses
 import hashlib
@@ -997,7 +998,21 @@ def parse(
         command.given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     return command
 
+# %% ../nbs/40_cli.ipynb #5ae1e002
+_PLAIN = str.maketrans({"–": "-", "−": "-", "…": "...", "·": "|", "•": "*", "★": "*", "±": "+-", "×": "x", "→": "->"})
 
+
+def _plain(error: UnicodeError) -> tuple[str, int]: # what is printed instead, and where to go on
+    "Stand in for characters that an encoding lacks."
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = printable(error.object[error.start : error.end].translate(_PLAIN))
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error("audiomaepp.plain", _plain)
+
+# %% ../nbs/40_cli.ipynb #5ae1e004
 def _need_utf8(out: str):
     "Raise `ValueError` where a run's folder has a name that safetensors cannot open, before anything is trained."
     if printable(out) != out:
@@ -1032,9 +1047,9 @@ def main(
     "The `audiomaepp` command."
     words, command = sys.argv[1:] if argv is None else argv, None
     debug = "--debug" in words or os.environ.get("AUDIOMAEPP_DEBUG", "0") not in ("", "0")
-    for stream in (sys.stdout, sys.stderr):  # where a terminal's encoding lacks a character, its code is printed
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="audiomaepp.plain")
     try:
         try:
             command = parse([word for word in words if word != "--debug"])

@@ -1,6 +1,8 @@
 """The command as its users meet it: flags become the config, a mistake is one message, a run leaves its folder."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import subprocess
@@ -81,6 +83,13 @@ def test_every_command_is_named(capfd):
     shown = capfd.readouterr().out
     for name in ("demo", "train", "evaluate", "lab", "map", "embed", "doctor"):
         assert name in shown
+
+
+@pytest.mark.parametrize("encoding, line", [("ascii", ["--help"]), ("latin-1", ["train", "--help"])])
+def test_help_in_any_encoding(encoding, line, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = command(*line)
+    assert done.returncode == 0 and "usage: audiomaepp" in done.stdout and "audiomaepp:" not in done.stderr
 
 
 # ---- mistakes
@@ -287,6 +296,18 @@ def test_a_class_has_one_colour_on_both_maps(run, monkeypatch):
     assert len(shown) == 3 and shown.items() <= drawn.items()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_scores_in_any_encoding(run, encoding, monkeypatch):
+    "The scores would be lost for a dash; they can be read with a plain one."
+    printed = io.TextIOWrapper(io.BytesIO(), encoding)
+    with contextlib.redirect_stdout(printed):
+        cli.main(["evaluate", str(run)])
+    printed.flush()
+    said = printed.buffer.getvalue().decode(encoding)
+    row = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]["this model"]
+    assert f"{row['knn']:.2f} ({row['knn_low']:.2f}-{row['knn_high']:.2f})" in said
+
+
 def test_an_unknown_colour_is_named(run):
     message = refused("map", run, "--colour", "pitsch")
     assert "pitsch" in message and "label" in message
@@ -435,9 +456,6 @@ def compare(sounds, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(compare, tmp_path_factory):
     "The folder of that comparison, and what was printed."
-    import contextlib
-    import io
-
     out, printed = tmp_path_factory.mktemp("lab") / "weights", io.StringIO()
     with contextlib.redirect_stdout(printed):
         cli.main([*compare, "--out", str(out)])
