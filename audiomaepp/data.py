@@ -363,7 +363,7 @@ def _read_table(path: Path, need: tuple[str, ...]):
             table = pd.read_csv(file, dtype=dict.fromkeys(_AS_TEXT, str), **how)
     missing = [column for column in need if column not in table]
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}")
+        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))[:300]}")
     if table.empty:
         raise ValueError(f"{path} has columns but no rows")
     return check_columns(table, path)
@@ -377,7 +377,8 @@ def check_columns(
     import pandas as pd
 
     for name in [name for name in (*_AS_TEXT, "fold") if name in table]:
-        bad = table[name].map(lambda value: isinstance(value, bytes | list | dict) or np.ndim(value) > 0)
+        wrong = list | dict if name in ("path", "filename") else bytes | list | dict  # a name may be bytes
+        bad = table[name].map(lambda value, wrong=wrong: isinstance(value, wrong) or np.ndim(value) > 0)
         if bad.any():
             raise ValueError(f"{path} must hold text or numbers in the column {name}, got "
                              f"{shown(table[name][bad].iloc[0])} in row {np.flatnonzero(bad)[0] + 1}; correct that row")

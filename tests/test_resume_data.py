@@ -156,7 +156,6 @@ def almost(made):
     return made
 
 
-@pytest.mark.xfail(reason="a table of names that are not UTF-8")
 def test_names_that_are_not_utf8(tmp_path):
     """One file from an old disk, and no run could begin."""
     made, folder = synthesize(n=4, classes=2, seconds=1), tmp_path / "in"
