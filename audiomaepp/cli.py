@@ -171,7 +171,7 @@ def open_again(
         changes = [] if same else ["other recordings would be held out, and the run may have trained on some of them"]
     if changes:
         more = f"; and {len(changes) - 5} more" * (len(changes) > 5)
-        raise ValueError(f"data={data.data!r} has changed since the run in {run} began, as recordings.csv there has it: "
+        raise ValueError(f"data={data.data!r} has changed since the run in {run} began (recordings.csv lists it): "
                          f"{'; '.join(changes[:5])}{more}"
                          "; restore the data or train a new run")
     return train, test, protocol

@@ -464,6 +464,8 @@ class _Store:
 
     def _take(self, path: Path):
         "Count what a file holds as done; raises `ValueError` if it is damaged, made otherwise, or of other recordings."
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file, such as {path / 'embeddings.parquet'}")
         with open(path, "rb") as file:
             parquet = file.read(4) == b"PAR1"
         kept, others = (parquet_schema(path).metadata or {}) if parquet else {}, set()

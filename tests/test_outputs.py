@@ -173,9 +173,12 @@ def test_tables_of_others_stay(model, sounds, tmp_path):
     before = contents(tmp_path)
     assert "was not written by audiomaepp embed" in refused(*line) and contents(tmp_path) == before
     table.write_bytes(b"no Parquet at all")
-    assert "was not written by audiomaepp embed" in refused(*line)
+    assert str(table) in refused(*line)
     assert table.read_bytes() == b"no Parquet at all"
     table.unlink()
+    table.mkdir()
+    assert "is a folder; name a file" in refused(*line)
+    table.rmdir()
     (tmp_path / "x.skipped.csv").write_text("path,reason for my choice\n")
     assert "x.skipped.csv is there" in refused(*line)
     (tmp_path / "x.skipped.csv").unlink()
