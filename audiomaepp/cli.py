@@ -164,15 +164,16 @@ def open_again(
     path = Path(run) / "data.json"
     data, facts = DataArgs.load(path), check_fields(read_json(path), dict(held_out=str, seed=int), path, ["seed"])
     train, test, protocol = data.open(cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run))
+    where = f"the run in {run} began"
     if path.with_name("recordings.csv").exists():
+        where += " (recordings.csv there lists them)"
         train, test, changes = compare_recordings(path.with_name("recordings.csv"), train, test, data.data)
     else:  # the run of an earlier version
         same = _names_digest(test, data.data) == facts["held_out"]
         changes = [] if same else ["other recordings would be held out, and the run may have trained on some of them"]
     if changes:
         more = f"; and {len(changes) - 5} more" * (len(changes) > 5)
-        raise ValueError(f"data={data.data!r} has changed since the run in {run} began (recordings.csv lists it): "
-                         f"{'; '.join(changes[:5])}{more}"
+        raise ValueError(f"data={data.data!r} has changed since {where}: {'; '.join(changes[:5])}{more}"
                          "; restore the data or train a new run")
     return train, test, protocol
 
@@ -1028,7 +1029,7 @@ def error_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):  # of a loader process
         lines = lines[-1:]
-    words = "; ".join(lines)
+    words = "; ".join([*(line.rstrip(";.") for line in lines[:-1]), *lines[-1:]])
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in words:
         reason = f" ({lines[0]})" if lines else ""
         return f"the memory is not enough{reason}; use a smaller batch_size, shorter clips or a smaller model"

@@ -306,13 +306,13 @@ def parse_json(
     "The JSON object in a text; raises `ValueError` that names what holds it where there is none."
     marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     if len(text) > _MOST or sum(map(text.count, marks)) > _NESTED:
-        raise damaged(name, "a JSON object", f"{len(text)} bytes, more than is read")
+        raise damaged(name, f"a JSON object of at most {_MOST >> 20} MB and {_NESTED} lists", "more")
     try:
         value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_once)
     except RecursionError:
         raise damaged(name, "a JSON object", "lists nested too deeply") from None
     except ValueError as error:
-        raise damaged(name, "a JSON object", f"{error}" if len(text) else "nothing") from None
+        raise damaged(name, "a JSON object", f"text that is none ({error})" if len(text) else "nothing") from None
     if not isinstance(value, dict):
         raise damaged(name, "a JSON object", f"{shown(value)}")
     return value
@@ -324,6 +324,9 @@ def read_json(path: str | os.PathLike) -> dict:
         return parse_json(file.read(_MOST + 1), path)
 
 # %% ../nbs/files.ipynb #f11e011a
+_KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object"}
+
+
 def _is_a(value, kind) -> bool:
     "Whether a value of a JSON object has a type; NaN is a float, infinity is none."
     origin, args = get_origin(kind), get_args(kind)
@@ -353,9 +356,8 @@ def check_fields(
         raise damaged(name, f"an object with the key {missing[0]!r}", f"the keys {shown(list(facts))}")
     for key, kind in kinds.items():
         if key in facts and not _is_a(facts[key], kind):
-            word = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
-            raise ValueError(f"{key} in {name} must be {word}, got {shown(facts[key])}; correct it or use an undamaged "
-                             "copy of the file")
+            raise ValueError(f"{key} in {name} must be {_KINDS.get(kind, kind)}, got {shown(facts[key])}; correct it "
+                             "or use an undamaged copy of the file")
     return {key: facts[key] for key in kinds if key in facts}
 
 # %% ../nbs/files.ipynb #f11e011d
@@ -379,7 +381,8 @@ def read_header(
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _MOST):
-            raise damaged(path, "a safetensors file", f"{size} bytes and a header of {length} at most")
+            most = f"a safetensors file whose header fits into it and into {_MOST >> 20} MB"
+            raise damaged(path, most, f"{size} bytes that announce a header of {length}")
         facts = parse_json(file.read(length), f"the header of {path}")
     notes = check_fields({"notes": facts.pop("__metadata__", {})}, {"notes": dict[str, str]}, path)["notes"]
     places = {name: _place(name, fact, path) for name, fact in facts.items()}
