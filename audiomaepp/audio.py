@@ -100,6 +100,19 @@ def _resample_directly(
         parts.append((neighbours[:, whole] * weights).sum(-1))
     return torch.cat(parts, 1)
 
+# %% ../nbs/10_audio.ipynb #5ae1f002
+def _resample_by_table(
+    wav: torch.Tensor, # (..., samples)
+    orig: int, # Hz before, divided by the common divisor
+    new: int, # and after
+) -> torch.Tensor: # (..., ceil(samples·new/orig))
+    "torchaudio's resampling, with every sample."
+    by_table, total = _import_torchaudio().functional.resample, -(-wav.shape[-1] * new // orig)
+    out = by_table(wav, orig, new)
+    if (lacks := total - out.shape[-1]) > 0:
+        out = by_table(F.pad(wav, (0, -(-(2 * lacks + 1) * orig // new))), orig, new)
+    return out[..., :total]
+
 # %% ../nbs/10_audio.ipynb #21e0c1f2
 def resample(
     wav: torch.Tensor, # (..., samples)
@@ -116,7 +129,7 @@ def resample(
     if orig == new or not wav.numel():
         return wav
     if _kernel_size(orig, new) <= 2**20:
-        return _import_torchaudio().functional.resample(wav, orig, new)
+        return _resample_by_table(wav, orig, new)
     return _resample_directly(wav.reshape(-1, wav.shape[-1]), orig, new).reshape(*wav.shape[:-1], -1)
 
 # %% ../nbs/10_audio.ipynb #78356fa6
@@ -249,11 +262,21 @@ class _ClaimsMore(io.BytesIO):
         return self.tell()
 
 # %% ../nbs/10_audio.ipynb #358607e5
+def _sound(file, name: str, head: bytes):
+    "An open `soundfile.SoundFile`; raises `AudioError` where libsndfile knows no such format."
+    import soundfile
+
+    try:
+        return soundfile.SoundFile(file)
+    except (RuntimeError, TypeError) as error: # TypeError: a file called .raw, for which it wants a sample rate
+        said = getattr(error, "error_string", "no header.").strip(" .").removeprefix("Error : ")
+        said = "" if "does not exist" in said else f"{said}; " # what libsndfile says of a file that is no mp3
+        raise AudioError(name, f"is not audio that can be decoded: {said}it begins with {head[:16]!r}") from None
+
+
 @contextmanager
 def _opened(source):
     "`source` as an open `soundfile.SoundFile`, and its ends; raises `AudioError`."
-    import soundfile
-
     if isinstance(source, (str, os.PathLike)):
         ends = _path_ends(source)
         # as bytes: soundfile would encode a str itself and trip over names that are no UTF-8
@@ -267,21 +290,14 @@ def _opened(source):
         raise TypeError(f"source of type {kind} is no recording; a path, bytes or a binary file object would do")
     if not ends.head:
         raise AudioError(_name(source), "is empty (0 bytes)")
-    try:
-        sound = soundfile.SoundFile(file)
-    except (RuntimeError, TypeError) as error: # TypeError: a file called .raw, for which it wants a sample rate
-        said = getattr(error, "error_string", "no header.").strip(" .").removeprefix("Error : ")
-        said = "" if "does not exist" in said else f"{said}; " # what libsndfile says of a file that is no mp3
-        reason = f"is not audio that can be decoded: {said}it begins with {ends.head[:16]!r}"
-        raise AudioError(_name(source), reason) from None
-    with sound:
+    with _sound(file, _name(source), ends.head) as sound:
         if not _is_untagged_mp3(sound, ends.head):
             yield sound, ends
             return
     with open(file, "rb") if isinstance(file, (str, bytes)) else nullcontext(file) as reader:
         reader.seek(0)
         data = reader.read()
-    with soundfile.SoundFile(_ClaimsMore(data)) as sound:
+    with _sound(_ClaimsMore(data), _name(source), ends.head) as sound:
         yield sound, ends
 
 # %% ../nbs/10_audio.ipynb #4fbf0273
@@ -344,11 +360,12 @@ def _decode(
 ) -> tuple[torch.Tensor, int]: # (channels, samples), and how many decode
     "Decoded samples, and how many there were before the decoder tripped."
     blocks, count = [], 0
-    if sound.frames >= _UNKNOWN:
-        sound.seekable = lambda: False # soundfile seeks after each read, which fails in a file of unknown length
+    sound.seekable = lambda: False # or soundfile seeks after each read, which fails in a file of unknown length
     try:
         if first:
             sound.seek(first)
+        if sound.frames < _UNKNOWN: # what lies behind the last sample may be no sound, and is not touched
+            frames = min(frames, sound.frames - sound.tell())
         while count < frames:
             read = torch.from_numpy(sound.read(min(frames - count, block), dtype="float32", always_2d=True)).T
             if not read.shape[1]:
@@ -383,6 +400,13 @@ def load_audio(
 _LONGEST = 10**6 # seconds, 11 days; more is claimed by a broken header, or by a file that is made to fill memories
 
 
+def _rate(sound, name: str) -> int:
+    "The sample rate of an open recording; raises `AudioError` where it can be none."
+    if not 100 <= sound.samplerate <= 10**7: # a broken header
+        raise AudioError(name, f"has a sample rate of {sound.samplerate} Hz, which is not a sound's")
+    return sound.samplerate
+
+
 def _check_length(seconds: float, name: str):
     "Raise `AudioError` where a recording is longer than any."
     if seconds > _LONGEST:
@@ -391,9 +415,7 @@ def _check_length(seconds: float, name: str):
 
 def _read_checked(sound, ends: _Ends, name: str, mono: bool, start: float, seconds: float | None) -> torch.Tensor:
     "The samples of an open recording, (channels, samples), or the `AudioError` that says what is wrong with them."
-    rate, promised = sound.samplerate, _promised_frames(sound, ends.head)
-    if rate < 100: # a broken header, and a second of it would become 160 times as long
-        raise AudioError(name, f"has a sample rate of {rate} Hz, which is not a sound's")
+    rate, promised = _rate(sound, name), _promised_frames(sound, ends.head)
     if not sound.frames:
         raise AudioError(name, "holds no samples")
     first, length = round(start * rate), max(sound.frames, promised)
@@ -422,7 +444,7 @@ def stream_audio(
 ) -> Iterator[torch.Tensor]: # (samples,) float32 each
     "The samples of `load_audio`, mono, piece by piece in flat memory; raises `AudioError` when it meets what is wrong."
     with _opened(source) as (sound, ends):
-        if sound.samplerate < 100 or sound.frames <= 2 * seconds * sound.samplerate:
+        if sound.frames <= 2 * seconds * sound.samplerate:
             yield resample(_read_checked(sound, ends, _name(source), True, 0.0, None), sound.samplerate, sample_rate)[0]
         else:
             yield from _pieces(sound, ends, _name(source), sample_rate, seconds)
@@ -430,13 +452,15 @@ def stream_audio(
 
 def _pieces(sound, ends: _Ends, name: str, new: int, seconds: int) -> Iterator[torch.Tensor]:
     "The pieces of an open recording that is longer than one."
-    rate, promised = sound.samplerate, _promised_frames(sound, ends.head)
+    rate, promised = _rate(sound, name), _promised_frames(sound, ends.head)
+    block = 2**16 if promised else 1152
+    part = -(-seconds * rate // block) * block  # read as load_audio reads, or a damaged file would decode differently
     held, given, count, ended = torch.zeros(1, 0), 0, 0, False  # given: seconds at the front of `held` that are out
     _check_length(promised / rate, name)
     while not ended:
         _check_length(count / rate, name)
-        wav = _decode(sound, 0, seconds * rate, True, 2**16 if promised else 1152)[0]
-        count, ended = count + wav.shape[1], wav.shape[1] < seconds * rate
+        wav = _decode(sound, 0, part, True, block)[0]
+        count, ended = count + wav.shape[1], wav.shape[1] < part
         if ended and count < promised:
             raise AudioError(name, f"is cut off or damaged: {count} of {promised} samples can be decoded")
         if ended and ends.cut:

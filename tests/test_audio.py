@@ -414,8 +414,13 @@ def test_not_finite(tmp_path, bad):
     assert load_audio(tmp_path / "a.wav", start=0.001, seconds=0.02).shape == (320,) # the part without is fine
 
 
-def test_absurd_rate(tmp_path):
-    assert "8 Hz" in reason(write(tmp_path / "a.wav", 1_000, 8))
+@pytest.mark.parametrize("rate", [8, 2**24, 2**31 - 1])
+def test_absurd_rate(tmp_path, rate):
+    "One byte of the header is wrong, and a recording would be an hour of nothing, or a single sample."
+    path = write(tmp_path / "a.wav", 2_000, rate)
+    assert f"sample rate of {rate} Hz" in reason(path)
+    with pytest.raises(AudioError, match=f"{rate} Hz"):
+        list(stream_audio(path, seconds=1))
 
 
 def test_no_file(tmp_path):
@@ -504,6 +509,15 @@ def test_rates_without_a_common_divisor(rate):
 
     out = resample(tone(rate), rate, RATE)
     assert out.shape == (RATE,) and torch.allclose(out[200:-200], tone(RATE)[200:-200], atol=1e-3)
+
+
+@pytest.mark.parametrize("rate, seconds", [(8_000, 1_100), (44_100, 1_100)])
+def test_no_sample_is_lost_at_the_end_of_a_long_recording(rate, seconds):
+    "torchaudio counts in float32."
+    wav = torch.arange(seconds * rate + 1) / (seconds * rate)
+    found, end = resample(wav, rate, RATE), resample(wav[-10 * rate - 1 :], rate, RATE)
+    assert len(found) == math.ceil(len(wav) * RATE / rate)
+    assert torch.allclose(found[-9 * RATE :], end[-9 * RATE :], atol=1e-5)
 
 
 def test_resampling_at_the_edges():
