@@ -466,6 +466,7 @@ def run_folder(
     return Path(folder) / _slug(setting) / f"seed{seed}"
 
 # %% ../nbs/23_lab.ipynb #ea6e626f
+_ACCURACIES = ("knn", "linear")
 _ARRAYS = ("x", "nearest", "own", "predicted")
 
 
@@ -523,7 +524,6 @@ MEASURES = {
     "knn": "kNN-10", "linear": "linear", "alignment": "alignment", "uniformity": "uniformity", "rankme": "RankMe",
     "reconstruction": "reconstruction", "seconds": "seconds",
 }
-_ACCURACIES = ("knn", "linear")
 
 
 class _Tables:
