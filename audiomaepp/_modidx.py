@@ -786,6 +786,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'audiomaepp.search._directions': ('search.html#_directions', 'audiomaepp/search.py'),
                                    'audiomaepp.search._maker': ('search.html#_maker', 'audiomaepp/search.py'),
                                    'audiomaepp.search._notes': ('search.html#_notes', 'audiomaepp/search.py'),
+                                   'audiomaepp.search._resolved': ('search.html#_resolved', 'audiomaepp/search.py'),
                                    'audiomaepp.search.search': ('search.html#search', 'audiomaepp/search.py')},
             'audiomaepp.train': { 'audiomaepp.train.Checkpoints': ('train.html#checkpoints', 'audiomaepp/train.py'),
                                   'audiomaepp.train.Checkpoints.__init__': ('train.html#checkpoints.__init__', 'audiomaepp/train.py'),

@@ -173,8 +173,9 @@ def open_again(
         changes = [] if same else ["other recordings would be held out, and the run may have trained on some of them"]
     if changes:
         more = f"; and {len(changes) - 5} more" * (len(changes) > 5)
-        raise ValueError(f"data={data.data!r} has changed since {where}: {'; '.join(changes[:5])}{more}"
-                         "; restore the data or train a new run")
+        told = "; ".join(change[:200] for change in changes[:5])
+        raise ValueError(f"data={data.data!r} has changed since {where}: {told}{more}; restore the data or train a new "
+                         "run")
     return train, test, protocol
 
 

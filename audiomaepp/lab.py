@@ -468,6 +468,7 @@ def run_folder(
 # %% ../nbs/23_lab.ipynb #ea6e626f
 _ACCURACIES = ("knn", "linear")
 _ARRAYS = ("x", "nearest", "own", "predicted")
+_ACCURACIES = ("knn", "linear")
 
 
 def _write_results(folder: Path, results: list[Result], history: History, failed: str = ""):
@@ -492,8 +493,8 @@ def _read_results(folder: Path) -> tuple[list[Result], History, str]:
     facts = check_fields(read_json(path), dict(results=list[dict], history=list[dict], failed=str), path)
     kinds = dict(setting=str, pooling=str, seed=int, scores=dict[str, float], warning=str)
     results = [check_fields(fields, kinds, f"result {i} in {path}") for i, fields in enumerate(facts["results"])]
-    shares = {name: r["scores"][name] for r in results for name in _ACCURACIES if name in r["scores"]}
-    if wrong := [f"{name}={share}" for name, share in shares.items() if not 0 <= share <= 1]:
+    shares = [(name, r["scores"][name]) for r in results for name in _ACCURACIES if name in r["scores"]]
+    if wrong := [f"{name}={share}" for name, share in shares if not 0 <= share <= 1]:
         raise damaged(path, "a file with accuracies from 0 to 1", wrong[0])
     arrays = _read_arrays(folder / "results.npz", len(results))
     return [Result(**r, **a) for r, a in zip(results, arrays, strict=True)], History(facts["history"]), facts["failed"]
@@ -1185,6 +1186,37 @@ def _timeless(comparison: "Comparison") -> str:
     rows += [result.scores for result in comparison.results]
     return json.dumps([{k: v for k, v in row.items() if k not in timing} for row in rows])
 
+# %% ../nbs/23_lab.ipynb #fe40b0e4
+def _experiment_of(path: Path) -> Experiment:
+    "What a comparison.json defines; raises `ValueError` that names it where it is damaged."
+    facts, name = check_fields(read_json(path), dict(experiment=dict), path)["experiment"], f"the experiment in {path}"
+    experiment = Experiment(**check_fields(facts, get_type_hints(Experiment), name, optional=["versions"]))
+    if not experiment.runs():
+        raise damaged(name, "an experiment with settings and seeds", "none")
+    with naming(path):
+        for run in experiment.runs():
+            experiment.config(*run)
+    return experiment
+
+
+def _read_floor(folder: Path, results: list[Result]) -> Result:
+    "The scores of log-mel statistics, at least those of the results; raises `ValueError` that names the file."
+    found, *_ = _read_results(folder)
+    missing = [name for name in _ACCURACIES if any(name in r.scores for r in results)
+               and not all(name in r.scores for r in found)]
+    if len(found) != 1 or missing:
+        raise damaged(folder / "results.json", f"one result with {' and '.join(missing) or 'scores'}", f"{len(found)}")
+    return found[0]
+
+
+def _read_held_out(path: Path, rows: set[int]) -> "pd.DataFrame":
+    "The held-out clips of a comparison, as many as its results have rows; raises `ValueError` that names the file."
+    table = check_columns(read_parquet(path, ["path", "label"]), path)
+    if rows != {len(table)}:
+        many = " and ".join(map(str, sorted(rows)))
+        raise damaged(path, f"a table of as many clips as results.npz has ({many})", f"{len(table)} rows")
+    return table
+
 # %% ../nbs/23_lab.ipynb #1bc3e3f0
 @dataclass(eq=False, repr=False)
 class Comparison(_Text, _Shifts, _Pictures, _Report, _Files):
@@ -1236,37 +1268,6 @@ def _begin(
         plain[name] = [_utf8(value) for value in plain[name]]
     write_parquet(plain, folder / "held_out.parquet", {})
     write_atomic(path, json.dumps({"experiment": asdict(experiment), **facts}, indent=2).encode() + b"\n")
-
-
-def _experiment_of(path: Path) -> Experiment:
-    "What a comparison.json defines; raises `ValueError` that names it where it is damaged."
-    facts, name = check_fields(read_json(path), dict(experiment=dict), path)["experiment"], f"the experiment in {path}"
-    experiment = Experiment(**check_fields(facts, get_type_hints(Experiment), name, optional=["versions"]))
-    if not experiment.runs():
-        raise damaged(name, "an experiment with settings and seeds", "none")
-    with naming(path):
-        for run in experiment.runs():
-            experiment.config(*run)
-    return experiment
-
-
-def _read_floor(folder: Path, results: list[Result]) -> Result:
-    "The scores of log-mel statistics, at least those of the results; raises `ValueError` that names the file."
-    found, *_ = _read_results(folder)
-    missing = [name for name in _ACCURACIES if any(name in r.scores for r in results)
-               and not all(name in r.scores for r in found)]
-    if len(found) != 1 or missing:
-        raise damaged(folder / "results.json", f"one result with {' and '.join(missing) or 'scores'}", f"{len(found)}")
-    return found[0]
-
-
-def _read_held_out(path: Path, rows: set[int]) -> "pd.DataFrame":
-    "The held-out clips of a comparison, as many as its results have rows; raises `ValueError` that names the file."
-    table = check_columns(read_parquet(path, ["path", "label"]), path)
-    if rows != {len(table)}:
-        many = " and ".join(map(str, sorted(rows)))
-        raise damaged(path, f"a table of as many clips as results.npz has ({many})", f"{len(table)} rows")
-    return table
 
 
 def _versions_of(folder: Path, experiment: Experiment) -> dict[str, str]:

@@ -100,16 +100,12 @@ class SoundIndex:
 
     @cached_property
     def _places(self) -> np.ndarray: # (n,) of str
-        "The rows' paths as `_place` has them; each folder is looked up once."
-        pairs = [os.path.split(os.path.abspath(path)) for path in self.paths]
-        real = {folder: os.path.realpath(folder) for folder, _ in pairs}
-        return np.array([os.path.join(real[folder], name) for folder, name in pairs], dtype=object)
+        "The rows' paths, resolved."
+        return _resolved(self.paths)
 
     def _own(self, path: str | os.PathLike) -> np.ndarray: # (n,) bool
         "Which rows are of a file, however its path is written; also as the table shows it."
-        folder, name = os.path.split(os.path.abspath(path))
-        places = [os.path.join(os.path.realpath(folder), name), os.path.realpath(path)]  # it may be a link itself
-        own = np.isin(self._places, places)
+        own = np.isin(self._places, _resolved([path, os.path.realpath(path)]))  # it may be a link itself
         return own if own.any() else (self.table["path"] == printable(os.fspath(path))).to_numpy()
 
     def _generator(self, query) -> EmbeddingGenerator:
@@ -176,6 +172,13 @@ def _directions(x: np.ndarray) -> np.ndarray: # (n, D) float32 of length 1
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/24_search.ipynb #24aa0022
+def _resolved(paths) -> np.ndarray: # (n,) of str
+    "Absolute paths without links to folders; each folder is looked up once, and files are not looked at."
+    pairs = [os.path.split(os.path.abspath(path)) for path in map(str, paths)]
+    real = {folder: os.path.realpath(folder) for folder, _ in pairs}
+    return np.array([os.path.join(real[folder], name) for folder, name in pairs], dtype=object)
+
+
 def _notes(table: str | os.PathLike) -> dict[str, str]: # model, place, pooling_mode, rows, hop
     "What a Parquet file says of how it was made; nothing where `embed_folder` has not made it."
     kept = (parquet_schema(table).metadata or {}).items()
