@@ -12,6 +12,7 @@ import threading
 import types
 from pathlib import Path
 
+import fuzz_audio
 import numpy as np
 import pytest
 import soundfile
@@ -487,6 +488,21 @@ def test_wrong_requests(tmp_path, wrong):
     with pytest.raises(ValueError) as caught:
         load_audio(write(tmp_path / "a.wav"), **wrong)
     assert not isinstance(caught.value, AudioError) # the request is at fault, not the recording
+
+
+@pytest.mark.parametrize("first", [0, 50, 100])
+def test_damaged_files_are_usable_or_refused(tmp_path, first):
+    "One exception of another kind stops a night's work; python tests/fuzz_audio.py tries thousands."
+    for seed in range(first, first + 50):
+        fuzz_audio.check(fuzz_audio.mutated(seed, tmp_path))
+
+
+@pytest.mark.parametrize("seed", [194, 2313, 5206, 9862])
+def test_damaged_files_that_were_neither(tmp_path, seed):
+    path = fuzz_audio.mutated(seed, tmp_path)
+    data = path.read_bytes()
+    assert fuzz_audio.mutated(seed, tmp_path).read_bytes() == data, "a seed is a file"
+    fuzz_audio.check(path)
 
 
 # ---- resampling and windows
