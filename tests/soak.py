@@ -484,20 +484,21 @@ def soak(base: Path, quick: bool, seed: int) -> list[Tally]:
 
     print(HEAD, flush=True)
     for job in todo:
-        points = rng.sample(range(1, 60), 3) if quick else range(1, 400, 1 if job.name == "train" else 2)
+        every = {"train": 1, "embed": 1, "finetune": 3, "lab": 6}[job.name]
+        points = sorted(rng.sample(range(1, 40), 3)) if quick else range(1, 400, every)
         kills(job, base, points, tally := line(f"{job.name}: killed between two writes"))
         told(tally)
-        random_kills(job, base, 1 if quick else 8, rng, tally := line(f"{job.name}: killed at random times"))
+        random_kills(job, base, 1 if quick else 5, rng, tally := line(f"{job.name}: killed at random times"))
         told(tally)
-        full_disks(job, base, 2 if quick else 20, rng, tally := line(f"{job.name}: no room for a file"))
+        full_disks(job, base, 1 if quick else 10, rng, tally := line(f"{job.name}: no room for a file"))
         told(tally)
     sizes = [800] if quick else [60, 300, 800, 1100, 1400, 1800, 2500]
     small_disk(todo[0], base, sizes, tally := line("train: a small disk"))
     told(tally)
-    vanishing(base, 2 if quick else 16, rng, tally := line("train: data vanish"))
+    vanishing(base, 1 if quick else 8, rng, tally := line("train: data vanish"))
     told(tally)
     for job in todo[:2]:
-        rivals(job, base, 1 if quick else 8, tally := line(f"{job.name}: two on one output"))
+        rivals(job, base, 1 if quick else 5, tally := line(f"{job.name}: two on one output"))
         told(tally)
     pairs = [(2, 1)] if quick else [(2, 1), (1, 2), (2, 3), (1, 3)]
     other_worlds(base, pairs, tally := line("train: resumed on another number of processes"))
