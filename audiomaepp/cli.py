@@ -38,7 +38,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .audio import _import_torchaudio, build_frontend, printable
+from .audio import _import_torchaudio, build_frontend
 from .config import PRESETS, Config, _known
 from audiomaepp.data import (
     NoRecordings,
@@ -62,6 +62,7 @@ from audiomaepp.files import (
     make_folder,
     naming,
     only_writer,
+    printable,
     read_json,
     remove_claimed,
     shown,
@@ -226,7 +227,7 @@ def _rows_of(train: Recordings, test: Recordings, base: str) -> dict[tuple[str, 
     for part, recordings in (("train", train), ("test", test)):
         for i, (path, label) in enumerate(zip(recordings.paths, recordings.table["label"], strict=True)):
             names = os.path.relpath(path, base) if os.path.isabs(path) else path, label or ""
-            name, label = (text.encode("utf-8", "backslashreplace").decode() for text in names)
+            name, label = map(printable, names)
             rows[name, before[name]] = _Row(part, label, recordings, i)
             before[name] += 1
     return rows

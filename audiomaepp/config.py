@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from .files import read_json, shown, write_atomic
+from .files import printable, read_json, shown, write_atomic
 
 # %% ../nbs/00_config.ipynb #1ba8b691
 POOLING_MODES = ("cls", "mean", "cls+mean")
@@ -455,8 +455,7 @@ def escape(
     value, # text, or what has a text
 ) -> str: # for an element or an attribute of a page, or for plotly
     "Return the value's text as HTML that shows it as it is."
-    text = str(value).encode("utf-8", "backslashreplace").decode()  # a file's name may hold bytes that are no UTF-8
-    return html.escape(text).replace("&quot;", "&#34;")  # plotly decodes numbers, and not this name
+    return html.escape(printable(str(value))).replace("&quot;", "&#34;")  # plotly decodes numbers, and not this name
 
 # %% ../nbs/00_config.ipynb #fe6de0e4
 def _html_table(cfg: Config) -> str:

@@ -33,13 +33,12 @@ from audiomaepp.audio import (
     AudioError,
     load_audio,
     not_a_file,
-    printable,
     probe,
     resample,
     stream_audio,
 )
 from .config import Config, escape
-from .files import naming, read_parquet, shown, write_atomic
+from .files import naming, printable, read_parquet, shown, write_atomic
 
 # %% ../nbs/11_data.ipynb #565f3b09
 class Skipped(list):

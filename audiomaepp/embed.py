@@ -24,7 +24,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .audio import AudioError, build_frontend, load_audio, printable, resample, stream_audio, windows
+from .audio import AudioError, build_frontend, load_audio, resample, stream_audio, windows
 from .config import Config
 from .data import Recordings, Skipped, _with_paths, open_recordings, paths_of
 from audiomaepp.files import (
@@ -35,6 +35,7 @@ from audiomaepp.files import (
     naming,
     only_writer,
     parquet_schema,
+    printable,
     read_parquet,
     replacing,
     stopping,

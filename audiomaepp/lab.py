@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__
-from .audio import LogMel, build_frontend, printable
+from .audio import LogMel, build_frontend
 from .config import POOLING_MODES, Config, escape
 from audiomaepp.data import (
     Recordings,
@@ -52,6 +52,7 @@ from audiomaepp.files import (
     damaged,
     naming,
     only_writer,
+    printable,
     read_json,
     read_parquet,
     replacing,
@@ -1118,9 +1119,9 @@ class _Report(_Sections):
             "What moved": self._movement(),
             "Settings": self._settings(),
             "How it was measured": _listed(_PROTOCOL),
-            "Left out": _listed(printable(f"{path}: {why}") for path, why in self.skipped) if self.skipped else "",
+            "Left out": _listed(f"{path}: {why}" for path, why in self.skipped) if self.skipped else "",
             "Versions": f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in e.versions.items()))}</p>',
-            "Again": f"<pre>{escape(printable(repeat or _repeat(e)))}</pre>",
+            "Again": f"<pre>{escape(repeat or _repeat(e))}</pre>",
         }
         write_atomic(path, _page(title, sections).encode())
         return Path(path)

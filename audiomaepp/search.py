@@ -11,12 +11,11 @@ from functools import cached_property
 
 import numpy as np
 
-from .audio import printable
 from .config import escape
 from .data import paths_of
 from .embed import EmbeddingGenerator, fingerprint, stacked
 from .evaluate import standardise
-from .files import parquet_schema, read_parquet, shown
+from .files import parquet_schema, printable, read_parquet, shown
 
 # %% ../nbs/24_search.ipynb #24aa0007
 class Hits:

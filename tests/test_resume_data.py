@@ -164,7 +164,7 @@ def test_names_that_are_not_utf8(tmp_path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         soundfile.write(path, wave.numpy(), 16000)
     cli.main(["train", "--data", str(folder), *TINY, "--out", str(tmp_path / "run")])
-    assert "caf\\udce9 0" in (tmp_path / "run" / "recordings.csv").read_text(encoding="utf-8")
+    assert "caf\\xe9 0" in (tmp_path / "run" / "recordings.csv").read_text(encoding="utf-8")
     train, test, _ = cli.open_again(tmp_path / "run", Config(), quiet=True)
     assert len(train) + len(test) == 8
 
@@ -180,12 +180,12 @@ def test_names_that_are_not_utf8_are_compared(tmp_path):
         parts.append(made)
     table = tmp_path / "recordings.csv"
     cli.write_recordings(table, *parts, str(tmp_path))
-    assert "caf\\udce9 a 0" in table.read_text(encoding="utf-8")
+    assert "caf\\xe9 a 0" in table.read_text(encoding="utf-8")
     assert cli.compare_recordings(table, *parts, str(tmp_path))[2] == []
     os.rename(parts[1].paths[0], tmp_path / "plain.wav")
     parts[1].paths[0] = str(tmp_path / "plain.wav")
     changes = cli.compare_recordings(table, *parts, str(tmp_path))[2]
-    assert changes == ["caf\\udce9 b 0\n.wav is missing or cannot be read", "plain.wav is new"]
+    assert changes == ["caf\\xe9 b 0\n.wav is missing or cannot be read", "plain.wav is new"]
 
 
 def test_runs_of_earlier_versions_are_opened(home):
