@@ -494,6 +494,8 @@ def _read_results(folder: Path) -> tuple[list[Result], History, str]:
     facts = check_fields(read_json(path), dict(results=list[dict], history=list[dict], failed=str), path)
     kinds = dict(setting=str, pooling=str, seed=int, scores=dict[str, float], warning=str)
     results = [check_fields(fields, kinds, f"result {i} in {path}") for i, fields in enumerate(facts["results"])]
+    with naming(path):
+        "".join(r["pooling"] + r["warning"] for r in results).encode()  # a table can hold it
     shares = [(name, r["scores"][name]) for r in results for name in _ACCURACIES if name in r["scores"]]
     if wrong := [f"{name}={share}" for name, share in shares if not 0 <= share <= 1]:
         raise damaged(path, "a file with accuracies from 0 to 1", wrong[0])
@@ -1161,6 +1163,8 @@ class _Files:
         for run in experiment.runs():
             if _is_finished(at := run_folder(folder, *run)):
                 found, histories[run], why = _read_results(at)
+                if strange := [f"{r.setting!r}, seed {r.seed}" for r in found if (r.setting, r.seed) != run]:
+                    raise damaged(at / "results.json", f"the results of {run[0]!r}, seed {run[1]}", f"of {strange[0]}")
                 results += found
                 failed |= {run: why} if why else {}
         if not _is_finished(run_folder(folder, FLOOR, 0)):
