@@ -57,7 +57,8 @@ def test_a_history_that_is_read_back_shows_what_it_showed(tmp_path):
     assert read[0].rows == read[1].rows == history.rows
     for again in read:
         assert (str(again), again._repr_html_()) == (str(history), history._repr_html_())
-        assert "nan" not in str(again) and again["accuracy"] == history["accuracy"] and again.plot()._repr_png_()
+        assert "nan" not in str(again) and again.plot()._repr_png_()
+        assert again["accuracy"] == pytest.approx(history["accuracy"])  # pandas may round the last digit
     assert len(History(strings).shown()) == len(history.shown()) == 6
     History().to_csv(tmp_path / "none.csv")
     assert len(History.from_csv(tmp_path / "none.csv")) == 0
