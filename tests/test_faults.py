@@ -234,6 +234,17 @@ def test_an_impossible_folder_is_one_line_that_names_it(tmp_path, place):
         trained(tmp_path / place)
 
 
+def test_the_umask_decides_who_may_read_a_run(tmp_path):
+    "On a shared machine, a person who hides their files hides their runs."
+    before = os.umask(0o077)
+    try:
+        trained(tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert len(files) >= 4 and all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
 # ---- signals
 
 
