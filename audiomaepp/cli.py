@@ -728,7 +728,7 @@ class Finetune:
         if made_by(out) != "finetune" or not any(out.glob("checkpoint*.safetensors")):
             return False
         if (out / "results.json").exists():
-            raise ValueError(f"{out} already holds a classifier; choose another --out")
+            raise ValueError(f"{out} already holds a classifier that is complete; choose another --out")
         before = read_json(out / "finetune.json")
         for name, value in self.facts().items():
             if value != before.get(name):

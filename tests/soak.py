@@ -257,7 +257,8 @@ def kills(job: Job, base: Path, points: range | list[int], tally: Tally):
             tally.add(f"{job.name}: before point {point} it ended with {first.status}: {first.said[-400:]}", first)
             continue
         again = run(base, lambda: main(job.go_on(out)))  # noqa: B023
-        wrong = again.said[-400:] if again.status else job.problem(out)
+        complete = again.status == 0 or "that is complete" in again.said  # it was killed behind its last write
+        wrong = job.problem(out) if complete else again.said[-400:]
         tally.add(f"{job.name}, killed at point {point}: {wrong}" if wrong else "", first, again)
 
 
@@ -278,9 +279,10 @@ def random_kills(job: Job, base: Path, trials: int, rng: random.Random, tally: T
 
             calm = len(ended) == 11
             ended.append(run(base, lambda: main(job.go_on(out)), None if calm else disturb))  # noqa: B023
-            if ended[-1].status == 0 or "Traceback" in ended[-1].said:
+            complete = ended[-1].status == 0 or "that is complete" in ended[-1].said
+            if complete or "Traceback" in ended[-1].said:
                 break
-        wrong = ended[-1].said[-400:] if ended[-1].status else job.problem(out)
+        wrong = job.problem(out) if complete else ended[-1].said[-400:]
         tally.add(f"{job.name}, trial {trial}, after {len(ended)} starts: {wrong}" if wrong else "", *ended)
 
 
