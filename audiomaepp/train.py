@@ -438,7 +438,7 @@ class _Records:
         elif scores or not self.cfg.eval_every or self.epoch == self.cfg.epochs:
             tqdm.write("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
 
-    def _evaluate(self, evaluate: Callable | None, best_by: str | None) -> dict: # the held-out scores
+    def _evaluate(self, evaluate: Callable | None, best_by: str | None) -> dict: # the scores
         "Score the model on a fork of the random state, and keep its weights if they are the best so far."
         model, scores = self.accelerator.unwrap_model(self.model), {}
         if evaluate is not None:
@@ -628,7 +628,7 @@ class Trainer(_Plan, _Steps, _Records, _Resumable):
     def fit(
         self,
         train: Iterable, # sized; batches {"wav" or "spec", "label"}; see `_Plan` for `set_epoch`
-        evaluate: Callable[[AudioMAEPlusPlus], dict] | None = None, # model → held-out scores
+        evaluate: Callable[[AudioMAEPlusPlus], dict] | None = None, # model → scores of clips that are not trained on
         best_by: str | None = "knn", # score that chooses what is kept, more is better (of "-error", less); None: last
     ) -> History:
         "Train to the last epoch, from wherever the run stands."
