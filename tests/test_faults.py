@@ -64,6 +64,15 @@ class Toy:
         return [f"clip{i}.wav" for i in batch["index"].tolist()]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Sums of several threads may differ in the last bit, and here processes are compared."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def finite(path):
     return all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
 
