@@ -27,12 +27,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config, escape
-from .files import OutputError, Stopped, naming, only_writer, stopping, sweep, write_atomic
+from .files import OutputError, Stopped, naming, only_writer, stopping, write_atomic
 from .losses import rankme, uniformity_loss
 from audiomaepp.model import (
     AudioMAEOutput,
@@ -218,6 +217,7 @@ class Checkpoints:
     ):
         self.folder, self.keep = Path(folder), keep
         self.newest = self.folder / "checkpoint.safetensors"
+        self.step: int | None = None  # of the newest, once this object has read or written it
 
     def earlier(self) -> list[Path]: # oldest first
         "Checkpoints before the newest."
@@ -232,6 +232,7 @@ class Checkpoints:
         "Write the newest checkpoint; the one that was newest is kept as an earlier one, the oldest are removed."
         self._set_aside()
         self.with_room(partial(save_checkpoint, self.newest, model, optimizer, progress))
+        self.step = progress["step"]
         for path in self.earlier()[: max(0, len(self.earlier()) - self.keep + 1)]:
             path.unlink()
 
@@ -248,12 +249,9 @@ class Checkpoints:
 
     def _set_aside(self):
         "Give the newest checkpoint a second name; it keeps the first until the next one takes it."
-        if self.keep < 2 or not self.newest.exists():
-            return
-        with contextlib.suppress(ValueError, SafetensorError, OSError):  # it is damaged, or the disk has no links
-            aside = self.folder / f"checkpoint-{read_progress(self.newest)['step']:08d}.safetensors"
-            if not aside.exists():
-                os.link(self.newest, aside)
+        if self.keep > 1 and self.step is not None:
+            with contextlib.suppress(OSError):  # it is there already, or the disk has no links
+                os.link(self.newest, self.folder / f"checkpoint-{self.step:08d}.safetensors")
 
     def load(
         self,
@@ -267,7 +265,7 @@ class Checkpoints:
         "The JSON part of the newest checkpoint; an error names the earlier ones."
         try:
             return read_progress(self.newest)
-        except (ValueError, SafetensorError) as error:
+        except ValueError as error:
             others = ", ".join(path.name for path in self.earlier())
             raise ValueError(f"{error}" + f"; to resume from an earlier one, rename it to {self.newest.name}: {others}"
                              * bool(others)) from error
@@ -285,7 +283,7 @@ def loader_error(
     if "DataLoader timed out" in text:
         return LoaderError(f"no batch came from the loader processes ({text.strip('. ')}): the disk or network that "
                            "holds the recordings may hang; raise loader_timeout or use num_workers=0")
-    if "DataLoader worker" in text:
+    if "is killed by signal" in text or "exited unexpectedly" in text:
         reason = text.split(". It is possible")[0].strip(". ")
         return LoaderError(f"a loader process ended ({reason}): often the memory ran out; "
                            "use a smaller num_workers or batch_size")
@@ -408,15 +406,16 @@ class _Records:
         "Note and tell a step that is skipped; raise `FloatingPointError` after too many in a row."
         names = getattr(self.train, "names", lambda batch: [])
         clips = list(itertools.chain(*self._from_all([name for batch in batches for name in names(batch)])))
-        self.bad_steps.append({"step": self.step + 1, "clips": clips})
+        self.bad_steps.append({"step": self.step + 1, "clips": clips[:8]})  # the header of a checkpoint holds them
         self.in_a_row += 1
         among = f"; its clips: {', '.join(clips[:8])}{', …' * (len(clips) > 8)}" * bool(clips)
         what = f"the loss or its gradients are not finite at step {self.step + 1}"
         warnings.warn(f"{what}, which is skipped{among}", stacklevel=2)
         if self.in_a_row >= self.cfg.max_bad_steps:
-            saved = f"the checkpoint of step {self.saved_step} is unchanged" if self.saved_step else "nothing was saved"
+            step = self.saved_step
+            saved = "nothing was saved" if step is None else f"the checkpoint of step {step} is unchanged"
             raise FloatingPointError(
-                f"{what}, for the {self.in_a_row}th time in a row (max_bad_steps={self.cfg.max_bad_steps}{among}); "
+                f"{what}: {self.in_a_row} in a row (max_bad_steps={self.cfg.max_bad_steps}{among}); "
                 f"{saved}; use base_lr below {self.cfg.base_lr:g} or precision='fp32', and look at these clips")
 
     def _from_all(self, value) -> list:
@@ -457,12 +456,11 @@ class _Resumable:
     "Stopping and going on."
 
     def _begin(self):
-        "Make the run's folder ready: no leftovers of killed processes, a history as the checkpoint has it."
+        "Refuse a folder that holds another run; give a resumed one the history of its checkpoint."
         if not self.out_dir or not self.accelerator.is_main_process:
             return
         if self.saved_step is None and self.checkpoints.newest.exists():
             raise ValueError(f"{self.out_dir} already holds a run; use Trainer.resume, or choose another out_dir")
-        sweep(self.out_dir)
         if self.saved_step is not None:
             self.history.to_csv(self.out_dir / "history.csv")
 
@@ -513,6 +511,7 @@ class _Resumable:
         self.history, self.step, self.best = History(progress["rows"]), progress["step"], progress["best"]
         self.epoch, self.start = progress["epoch"], (progress["epoch"], progress["batch"])
         self.saved_step, self.bad_steps = self.step, progress.get("bad_steps", [])
+        self.checkpoints.step = self.step
         self.world = progress.get("world", self.world)
         return self
 
