@@ -644,6 +644,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'audiomaepp.model._init_weights': ('model.html#_init_weights', 'audiomaepp/model.py'),
                                   'audiomaepp.model._literal': ('model.html#_literal', 'audiomaepp/model.py'),
                                   'audiomaepp.model._model_part': ('model.html#_model_part', 'audiomaepp/model.py'),
+                                  'audiomaepp.model._not_finite': ('model.html#_not_finite', 'audiomaepp/model.py'),
                                   'audiomaepp.model._same_clip': ('model.html#_same_clip', 'audiomaepp/model.py'),
                                   'audiomaepp.model._sincos': ('model.html#_sincos', 'audiomaepp/model.py'),
                                   'audiomaepp.model._sizes': ('model.html#_sizes', 'audiomaepp/model.py'),

@@ -472,13 +472,17 @@ def cpu_state(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
 
 
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    "The names of the tensors that hold NaN or infinity."
+    return [name for name, value in tensors.items() if value.is_floating_point() and not value.float().isfinite().all()]
+
+
 def need_finite(
     tensors: Mapping[str, Tensor], # by name
     path: str | os.PathLike, # file that they are to be written to
 ):
     "Raise `FloatingPointError` where a tensor holds NaN or infinity."
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
+    if bad := _not_finite(tensors):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(f"{path} is not written: {bad[0]}{more} must be finite, got NaN or infinity; what was "
                                  "saved before is unchanged, and a lower base_lr or precision='fp32' may help")
@@ -663,9 +667,8 @@ def read_tensors(
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike):
     "Raise `ValueError` that names the file and the first tensor that holds NaN or infinity."
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.float().isfinite().all():
-            raise damaged(path, "a file of finite numbers", f"NaN or infinity in {shown(name)}")
+    if bad := _not_finite(tensors):
+        raise damaged(path, "a file of finite numbers", f"NaN or infinity in {shown(bad[0])}")
 
 # %% ../nbs/02_model.ipynb #7e1ad005
 _PROGRESS = dict(config=dict, epoch=int, batch=int, step=int, best=float | None, rows=list[dict])
