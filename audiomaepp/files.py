@@ -201,7 +201,7 @@ def only_writer(
             path.unlink(missing_ok=True)
         lock.release()
         if new:
-            with suppress(OSError):  # unless it is empty
+            with suppress(OSError):  # where something is in it
                 home.rmdir()
 
 # %% ../nbs/files.ipynb #f11e0013
