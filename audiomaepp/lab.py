@@ -467,7 +467,6 @@ def run_folder(
     return Path(folder) / _slug(setting) / f"seed{seed}"
 
 # %% ../nbs/23_lab.ipynb #ea6e626f
-_ACCURACIES = ("knn", "linear")
 _ARRAYS = ("x", "nearest", "own", "predicted")
 _ACCURACIES = ("knn", "linear")
 
