@@ -124,15 +124,11 @@ def test_a_missing_torchaudio_says_so():
     assert "torchaudio" in out
 
 
-def test_import_is_cheap():
-    code = """
-        import sys, time, torch
-        start = time.process_time()
-        import audiomaepp.audio
-        print(time.process_time() - start)
+def test_import_loads_nothing_heavy():
+    run("""
+        import sys, audiomaepp.audio
         assert not {"torchaudio", "soundfile", "scipy", "pandas", "matplotlib"} & set(sys.modules)
-    """
-    assert any(float(run(code)) < 0.05 for _ in range(3))
+    """)
 
 
 # ---- files that are fine
