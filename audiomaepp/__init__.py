@@ -3,6 +3,20 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors see; `_WHERE` says the same to `__getattr__`, and a test compares the two
+    from audiomaepp.config import Config
+    from audiomaepp.data import open_recordings, split
+    from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.lab import Comparison, compare_losses
+    from audiomaepp.losses import info_nce_loss, uniformity_loss
+    from audiomaepp.model import AudioMAEOutput, AudioMAEPlusPlus
+    from audiomaepp.pooling import extract_embeddings
+    from audiomaepp.pretrained import load_official
+    from audiomaepp.synthetic import synthesize
+    from audiomaepp.train import Trainer
 
 _WHERE = {  # the public names, and the module of each
     "Config": "config",
@@ -13,21 +27,27 @@ _WHERE = {  # the public names, and the module of each
     "AudioMAEOutput": "model",
     "Trainer": "train",
     "open_recordings": "data",
-    "synthesize": "data",
+    "split": "data",
+    "synthesize": "synthetic",
     "EmbeddingGenerator": "embed",
     "load_official": "pretrained",
     "compare_losses": "lab",
     "Comparison": "lab",
 }
+_MODULES = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")}  # audiomaepp.train works without its import
 __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name):
-    if name not in _WHERE:
+    if name in _WHERE:
+        value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
     return value
 
 
 def __dir__():
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_WHERE, *_MODULES})

@@ -22,17 +22,18 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
-from .config import Config, escape
+from .config import Config
 from .files import check_fields, damaged, make_folder, naming, parse_json, read_header, shown, write_atomic
 from audiomaepp.losses import (
     cosine_uniformity_loss,
     gather_with_grad,
     info_nce_loss,
     reconstruction_loss,
-    standardise_batch,
+    standardize_batch,
     uniformity_loss,
 )
 from .pooling import extract_embeddings
+from .tables import escape
 
 # %% ../nbs/02_model.ipynb #d1ae33db
 def patchify(
@@ -262,7 +263,7 @@ BLOCKS = {"macaron": MacaronBlock, "plain": PlainBlock}
 @dataclass
 class AudioMAEOutput:
     "What `AudioMAEPlusPlus.forward` returns."
-    loss: Tensor # () the weighted sum, to be minimised
+    loss: Tensor # () the weighted sum, to be minimized
     losses: dict[str, Tensor] # each loss that is on, unweighted: reconstruction, contrastive, uniformity
     pred: Tensor # (B, N, p_t·p_m·C) predicted patches
     mask: Tensor # (B, N) 1 = masked
@@ -377,7 +378,7 @@ class _EmbeddingLosses:
             second = self._second_view(patches if other is None else other, mask, noise)
             rows, labels = torch.cat([rows, gather_with_grad(second)]), _same_clip(labels)
         if cfg.embedding_norm == "batch":
-            rows = standardise_batch(rows)
+            rows = standardize_batch(rows)
         if cfg.use_contrastive_loss:
             losses["contrastive"] = info_nce_loss(rows, labels, cfg.contrastive_temperature)
         if cfg.use_uniformity_loss and cfg.uniformity_kind == "gaussian":
@@ -423,7 +424,7 @@ class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "mask
     def generate_model_card(
         self,
         data: str = "", # what it was trained on, and how that was split
-        scores: dict[str, dict[str, float]] | None = None, # held-out scores: {"model": {"knn": 0.9}, "floor": {…}}
+        scores: dict[str, dict[str, float]] | None = None, # held-out scores: {"model": {"knn": 0.9}, "baseline": {…}}
     ) -> ModelCard: # README.md of the folder; `save_pretrained(…, model_card_kwargs=dict(data=…, scores=…))`
         "What the model is, what it was trained on, with which settings, and how well it did on held-out clips."
         card = ModelCard.from_template(self._hub_mixin_info.model_card_data, template_str="---\n{{ card_data }}\n---\n")
@@ -549,7 +550,7 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
 
     def forward(
         self,
-        spec: Tensor, # (B, C, time, mel) spectrogram, standardised
+        spec: Tensor, # (B, C, time, mel) spectrogram, standardized
         labels: Tensor | None = None, # (B,) classes for the contrastive loss; negative = unlabelled
         mask: Tensor | None = None, # (B, N) or (N,), 1 = masked; drawn at random when left out
         other: Tensor | None = None, # (B, C, time, mel) another augmented version of the clips, to contrast with

@@ -1,4 +1,4 @@
-"""Held-out quality of the presets, beside the floor and chance: every fold (or speaker) is held out once.
+"""Held-out quality of the presets, beside the baseline and chance: every fold (or speaker) is held out once.
 
     python benchmarks/quality.py --data ../shared/data/esc10 ../shared/data/fsdd synthetic --out runs/quality
 
@@ -26,12 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audiomaepp.audio import LogMel
 from audiomaepp.config import Config
-from audiomaepp.data import drop_unreadable, open_recordings, split, synthesize
+from audiomaepp.data import drop_unreadable, open_recordings, split
 from audiomaepp.evaluate import average_scores, chance, evaluate_embeddings
+from audiomaepp.features import LogMel
 from audiomaepp.files import write_atomic
-from audiomaepp.lab import compare_losses, floor_features
+from audiomaepp.lab import compare_losses
+from audiomaepp.run import baseline_features
+from audiomaepp.synthetic import synthesize
 
 WORDS = dict(label_from=r"^(\d)_", group_from=r"_([a-z]+)_")  # 7_theo_12.flac
 BARS = {  # asked for: (kNN-10, linear)
@@ -60,7 +62,7 @@ def column_of(recordings):
 
 
 def segment_statistics(recordings):
-    """(n, 480): mean and deviation of each log-mel band in each third of a clip; for words, a stronger floor."""
+    """(n, 480): mean and deviation of each log-mel band in each third of a clip; for words, a stronger baseline."""
     rows, logmel = [], LogMel()
     for i in range(len(recordings)):
         wave = recordings.wav(i)[None]
@@ -70,14 +72,15 @@ def segment_statistics(recordings):
     return torch.stack(rows).numpy()
 
 
-def floors(source):
-    """Scores of both floors and of chance, for each part."""
+def baselines(source):
+    """Scores of both baselines and of chance, for each part."""
     recordings = opened(source)
     recordings = recordings if source == "synthetic" else drop_unreadable(recordings, quiet=True)
     rows = {"log-mel statistics (floor)": [], "the same in three segments": [], "chance": []}
     for part in parts_of(recordings):
         train, test = recordings if source == "synthetic" else split(recordings, **{column_of(recordings): part})[:2]
-        for name, features in zip(rows, (lambda r: floor_features(r, range(len(r))), segment_statistics), strict=False):
+        kinds = (lambda r: baseline_features(r, range(len(r))), segment_statistics)
+        for name, features in zip(rows, kinds, strict=False):
             rows[name].append(evaluate_embeddings(features(train), train.labels, features(test), test.labels))
         guess = chance(train.labels, test.labels)
         rows["chance"].append(dict(knn=guess, linear=guess, n_train=len(train), n_test=len(test)))
@@ -161,7 +164,7 @@ def main():
     for source in args.data:
         rows = {mode: mean_and_spread({s: [v for k, v in scores.items() if k[0] == source and k[2:] == (mode, s)]
                                        for s in args.seeds}) for mode in args.modes}
-        rows |= {name: mean_and_spread({0: parts}) for name, parts in floors(source).items()}
+        rows |= {name: mean_and_spread({0: parts}) for name, parts in baselines(source).items()}
         runs = [dict(part=k[1], mode=k[2], seed=k[3], **v) for k, v in scores.items() if k[0] == source]
         report["data"][Path(source).name] = {"table": rows, "runs": runs}
         show(source, rows)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from audiomaepp import AudioMAEPlusPlus, Config
-from audiomaepp.audio import build_frontend
+from audiomaepp.features import build_frontend
 from audiomaepp.model import attend
 
 

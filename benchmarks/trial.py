@@ -18,11 +18,12 @@ import pandas as pd
 import torch
 from quality import MODES, column_of, config_of, opened
 
-from audiomaepp.audio import build_frontend
+from audiomaepp.batches import augment, make_loader
 from audiomaepp.config import Config
-from audiomaepp.data import augment, drop_unreadable, make_loader
+from audiomaepp.data import drop_unreadable
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.evaluate import evaluate_embeddings
+from audiomaepp.features import build_frontend
 from audiomaepp.files import write_atomic
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.train import Trainer

@@ -34,7 +34,8 @@ def check(fixture: str):
 
     began = time.perf_counter()
     import audiomaepp
-    from audiomaepp.audio import Fbank, LogMel, load_audio, resample
+    from audiomaepp.audio import load_audio, resample
+    from audiomaepp.features import Fbank, LogMel
 
     print(f"audiomaepp {audiomaepp.__version__} imported in {time.perf_counter() - began:.3f} s beyond torch")
     assert "torchaudio" not in sys.modules, "importing the package must not import torchaudio"
@@ -46,7 +47,7 @@ def check(fixture: str):
     lengths = torch.full((len(io["wav"]),), io["wav"].shape[1])
     found = {
         "log-mel": (logmel.log_spectrum(io["wav"], lengths)[:, :200] - io["logmel_raw"]).abs().max(),
-        "standardised": (logmel(io["wav"])[:, 0] - io["spec"]).abs().max(),
+        "standardized": (logmel(io["wav"])[:, 0] - io["spec"]).abs().max(),
         "filter bank": (fbank.log_spectrum(io["wav"], lengths)[:, ::2] - io["kaldi_fbank"]).abs().max(),
     }
     for rate in (8_000, 44_100, 44_101, 48_000):

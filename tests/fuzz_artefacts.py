@@ -26,7 +26,6 @@ import safetensors.torch
 import soundfile
 import torch
 
-from audiomaepp.cli import DataArgs, open_again
 from audiomaepp.config import Config
 from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
@@ -34,6 +33,7 @@ from audiomaepp.finetune import Classifier
 from audiomaepp.lab import Comparison, Result, design
 from audiomaepp.model import AudioMAEPlusPlus, cpu_state
 from audiomaepp.pretrained import load_official, read_weights
+from audiomaepp.run import DataArgs, open_again
 from audiomaepp.search import SoundIndex
 from audiomaepp.train import History, Trainer, load_checkpoint, read_progress
 
@@ -93,7 +93,7 @@ def _comparison(folder, cfg, generator):
     y = np.array([0, 0, 1, 1])
     results = [
         Result.of((name, "mean", 0), generator.standard_normal((2, 4, 8)).astype(np.float32), (y, y), seconds=1.0)
-        for name in (*experiment.settings, "floor")
+        for name in (*experiment.settings, "baseline")
     ]
     histories = {(name, 0): History([dict(epoch=1, step=1, loss=0.5, seconds=1.0)]) for name in experiment.settings}
     Comparison(experiment, held, results[:2], histories, results[2], 0.5, Skipped([("v", "is empty")]), {}).save(folder)
@@ -166,7 +166,7 @@ def _searched(folder):
 def _compared(folder):
     comparison = Comparison.load(folder / "lab")
     str(comparison), comparison._repr_html_(), comparison.labels
-    return [result.x for result in [comparison.floor, *comparison.results]]
+    return [result.x for result in [comparison.baseline, *comparison.results]]
 
 
 def _drawn(folder):

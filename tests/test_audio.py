@@ -22,19 +22,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from audiomaepp import audio
-from audiomaepp.audio import (
-    AudioError,
-    Fbank,
-    LogMel,
-    build_frontend,
-    load_audio,
-    probe,
-    resample,
-    standardise_spec,
-    stream_audio,
-    windows,
-)
+from audiomaepp.audio import AudioError, load_audio, probe, resample, stream_audio, windows
 from audiomaepp.config import Config
+from audiomaepp.features import Fbank, LogMel, build_frontend, standardize_spec
 
 RATE = 16_000
 ORACLE = load_file(Path(__file__).parent / "fixtures" / "frontend_oracle.safetensors")
@@ -84,7 +74,8 @@ def test_torchaudio_is_loaded_without_an_extension_that_fails(error):
         BREAK.format(error=error)
         + """
 import torch, threading
-from audiomaepp.audio import _import_torchaudio, LogMel, Fbank, resample
+from audiomaepp.audio import _import_torchaudio, resample
+from audiomaepp.features import Fbank, LogMel
 found = []
 threads = [threading.Thread(target=lambda: found.append(_import_torchaudio())) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
@@ -116,7 +107,7 @@ def test_a_torchaudio_that_imports_is_left_alone(monkeypatch):
 def test_a_missing_torchaudio_says_so():
     out = run("""
         import sys, importlib.util
-        from audiomaepp.audio import LogMel
+        from audiomaepp.features import LogMel
         sys.path = [p for p in sys.path if "site-packages" not in p]
         try: LogMel()
         except ModuleNotFoundError as error: print(error)
@@ -614,7 +605,7 @@ def test_fbank_is_kaldis(rate, win_length, hop):
     ours = Fbank(len(wanted[0]) + 5, 64, rate, win_length, hop, f_max=rate / 2)
     found = ours.log_spectrum(wav, lengths_of(wav))
     assert torch.allclose(found[:, :-5], torch.stack(wanted), atol=1e-4)
-    assert not found[:, -5:].any() # zero in the logarithm, before standardising
+    assert not found[:, -5:].any() # zero in the logarithm, before standardizing
     assert torch.allclose(ours(wav)[:, 0], (found + 4.2677393) / (2 * 4.5689974), atol=1e-5)
 
 
@@ -659,7 +650,7 @@ class TestBoth:
         assert torch.equal(make().bfloat16()(wav), wanted) and torch.equal(make().half()(wav), wanted)
         assert frontend(wav.double()).dtype == frontend(wav.half()).dtype == torch.float32
 
-    def test_neighbours_do_not_matter(self, make):
+    def test_neighbors_do_not_matter(self, make):
         wav = torch.randn(19, 8_000)
         batch = make()(wav)
         for i in (0, 7, 8, 18):
@@ -686,7 +677,7 @@ def test_normal_audio_is_not_touched():
     wav = ORACLE["wav"]
     spec = LogMel().log_spectrum(wav, lengths_of(wav))
     plain = (spec - spec.mean((1, 2), keepdim=True)) / spec.std((1, 2), keepdim=True)
-    assert torch.allclose(standardise_spec(spec), plain, atol=1e-5)
+    assert torch.allclose(standardize_spec(spec), plain, atol=1e-5)
 
 
 def test_silence_is_flat():

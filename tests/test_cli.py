@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 
 import audiomaepp
 from audiomaepp import cli
+from audiomaepp import run as running
 from audiomaepp.config import Config
-from audiomaepp.data import Recordings, synthesize
+from audiomaepp.data import Recordings
 from audiomaepp.files import MARKER
 from audiomaepp.finetune import Classifier
-from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, Validation, design
+from audiomaepp.lab import BASELINE, CHANCE, LOSSES, Comparison, design
+from audiomaepp.run import Validation
+from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer
 
 TINY = """--warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
@@ -205,13 +208,13 @@ def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypat
     out, flags = tmp_path / "stopped", ["--epochs", "2", "--eval-every", "1", *TINY]
     whole = tmp_path / "whole"
     cli.main(["train", "--data", str(sounds), "--out", str(whole), *flags])
-    save = cli.Trainer._save
+    save = running.Trainer._save
 
     def save_and_stop(self, epoch, batch):
         save(self, epoch, batch)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Trainer, "_save", save_and_stop)
+    monkeypatch.setattr(running.Trainer, "_save", save_and_stop)
     assert refused("train", "--data", sounds, "--out", out, *flags) == 130
     monkeypatch.undo()
     (words,) = [line for line in capsys.readouterr().err.splitlines() if "audiomaepp train --resume" in line]
@@ -232,7 +235,7 @@ def test_training_calls_validation_clips_by_their_name(tmp_path, capsys, monkeyp
     flags = ["--synthetic-clips", "5", "--eval-every", "1", *TINY]
     cli.main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "run")])
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Validation", lambda *parts: Validation(*parts, clips="heldout"))
+        patch.setattr(running, "Validation", lambda *parts: Validation(*parts, clips="heldout"))
         cli.main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "old")])
     first, second = capsys.readouterr().out.split("The run is in")[:2]
     assert "validation clips choose the checkpoint" in first
@@ -255,7 +258,7 @@ def test_evaluate_map_and_embed(run, sounds, tmp_path, capsys):
 
     cli.main(["evaluate", str(run)])
     said = capsys.readouterr().out
-    assert "held out" in said and "chance" in said and "floor" in said
+    assert "held out" in said and "chance" in said and "baseline" in said
     rows = rows_of(run / "results.csv")
     assert len(rows) == 3 and "chance" in json.dumps(json.loads((run / "results.json").read_text(encoding="utf-8")))
 
@@ -277,17 +280,17 @@ def test_evaluate_map_and_embed(run, sounds, tmp_path, capsys):
     assert not out.with_suffix(".skipped.csv").exists()
 
 
-def test_a_class_has_one_colour_on_both_maps(run, monkeypatch):
-    """Whoever looks a clip up on the page that has stood out in the picture looks for its colour."""
+def test_a_class_has_one_color_on_both_maps(run, monkeypatch):
+    """Whoever looks a clip up on the page that has stood out in the picture looks for its color."""
     from matplotlib.colors import to_hex
 
-    from audiomaepp import plots
+    from audiomaepp import maps
 
-    figures, plain = [], plots.plot_maps
-    monkeypatch.setattr(plots, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
+    figures, plain = [], maps.plot_maps
+    monkeypatch.setattr(maps, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
     found = cli.evaluate_run(run, quiet=True)
     some = found.test.labels > 0  # the first class has no clip among them
-    part = dict(test=found.test.select(some), test_x=found.test_x[some], floor_x=found.floor_x[some])
+    part = dict(test=found.test.select(some), test_x=found.test_x[some], baseline_x=found.baseline_x[some])
     cli.draw_run(run, replace(found, **part))
     page = (run / "pictures" / "map.html").read_text(encoding="utf-8")
     traces, _ = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))
@@ -308,8 +311,8 @@ def test_scores_in_any_encoding(run, encoding, monkeypatch):
     assert f"{row['knn']:.2f} ({row['knn_low']:.2f}-{row['knn_high']:.2f})" in said
 
 
-def test_an_unknown_colour_is_named(run):
-    message = refused("map", run, "--colour", "pitsch")
+def test_an_unknown_color_is_named(run):
+    message = refused("map", run, "--color", "pitsch")
     assert "pitsch" in message and "label" in message
 
 
@@ -472,10 +475,11 @@ def test_a_comparison_is_printed_and_written(compared):
     out, said = compared
     comparison, weights = Comparison.load(out), ["contrastive_weight=0", "contrastive_weight=0.5"]
     table = pd.read_csv(out / "table.csv", index_col=0)
-    assert list(table.index) == [*weights, FLOOR, CHANCE]
+    assert list(table.index) == [*weights, BASELINE, CHANCE]
     for name in ("knn", "linear", "alignment", "uniformity", "rankme", "reconstruction", "seconds"):
         assert np.allclose(table[name], comparison.table[name].astype(float), equal_nan=True), name
-    for words in [*weights, FLOOR, CHANCE, "kNN-10", "RankMe", comparison.experiment.protocol, *comparison.remarks()]:
+    shown = [*weights, BASELINE, CHANCE, "kNN-10", "RankMe", comparison.experiment.protocol, *comparison.remarks()]
+    for words in shown:
         assert words in said, words
     for name in ("report.html", "maps.png", "curves.png", "table.csv"):
         assert (out / name).stat().st_size > 100 and str(out / name) in said
@@ -546,9 +550,9 @@ def test_it_holds_out_what_train_and_evaluate_hold_out(compared, compare):
     assert sorted(comparison.held_out["path"]) == sorted(test.paths) and comparison.experiment.protocol == protocol
 
 
-def test_a_colour_that_is_no_column_is_named_before_training(compare, tmp_path, monkeypatch):
+def test_a_color_that_is_no_column_is_named_before_training(compare, tmp_path, monkeypatch):
     no_training(monkeypatch)
-    message = refused(*compare, "--out", tmp_path / "out", "--colour", "pitsch")
+    message = refused(*compare, "--out", tmp_path / "out", "--color", "pitsch")
     assert "pitsch" in message and "label" in message and not (tmp_path / "out").exists()
 
 

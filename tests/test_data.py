@@ -11,18 +11,10 @@ import soundfile
 import torch
 
 import audiomaepp.audio
+from audiomaepp.batches import UnreadableError, augment, make_loader
 from audiomaepp.config import Config
-from audiomaepp.data import (
-    Recordings,
-    Skipped,
-    UnreadableError,
-    augment,
-    drop_unreadable,
-    make_loader,
-    open_recordings,
-    split,
-    synthesize,
-)
+from audiomaepp.data import Recordings, Skipped, drop_unreadable, open_recordings, split
+from audiomaepp.synthetic import synthesize
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RATE = 16000

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import audiomaepp
-from audiomaepp.audio import build_frontend
-from audiomaepp.cli import DataArgs, train_run
+from audiomaepp.batches import augment, make_loader
 from audiomaepp.config import Config
-from audiomaepp.data import augment, make_loader, synthesize
 from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.features import build_frontend
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.run import DataArgs, train_run
+from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer, read_progress
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from audiomaepp.audio import AudioError
 from audiomaepp.config import Config
-from audiomaepp.data import synthesize
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.synthetic import synthesize
 
 SMALL = dict(embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4,
              img_size=(50, 16), patch_size=(10, 8))  # windows of half a second
@@ -272,7 +272,7 @@ def test_scikit_learns_own_checks(model_folder):
     """With one window at a time: in larger batches float32 sums differ by 1e-7, and one check allows 1e-9."""
     from sklearn.utils.estimator_checks import check_estimator
 
-    from audiomaepp.embed import AudioMAEEmbedder
+    from audiomaepp.estimator import AudioMAEEmbedder
 
     found = check_estimator(AudioMAEEmbedder(model_folder, device="cpu", batch_size=1), on_skip=None)
     assert {check["check_name"] for check in found if check["status"] != "passed"} <= {"check_array_api_input"}
@@ -288,7 +288,7 @@ def test_in_a_pipeline_and_a_grid_search(tmp_path, model_folder):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from audiomaepp.embed import AudioMAEEmbedder
+    from audiomaepp.estimator import AudioMAEEmbedder
 
     folder = sounds(tmp_path / "in", 24)
     for path in folder.rglob("rain/*.wav"):  # a class that can be told: it is low

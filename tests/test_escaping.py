@@ -19,10 +19,10 @@ import audiomaepp
 from audiomaepp import lab
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, Skipped
-from audiomaepp.embed import AudioMAEEmbedder
+from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.evaluate import Report
+from audiomaepp.maps import save_html_map
 from audiomaepp.model import AudioMAEPlusPlus
-from audiomaepp.plots import save_html_map
 from audiomaepp.search import Hits
 from audiomaepp.train import History
 
@@ -112,7 +112,7 @@ def comparison_of(text, path=None, n=8):
     results = [
         lab.Result.of((name, "mean", 0), (rng.normal(size=(n, 4)), rng.normal(size=(n, 4))), (labels, labels),
                       reconstruction=0.5, seconds=1.0)
-        for name in (*settings, lab.FLOOR)
+        for name in (*settings, lab.BASELINE)
     ]  # fmt: skip
     results[0].warning = text
     held_out = pd.DataFrame({"path": [f"{text}{i}" for i in range(n)], "label": [classes[i] for i in labels],
@@ -136,7 +136,7 @@ def lab_report(text, folder):
 
 def html_map(text, folder):
     table = {text: [text, "b", "c"], "fraction": [0.1, 0.2, 0.3]}
-    paths = [save_html_map(np.zeros((3, 2)), table, folder / f"{i}.html", text, held_out=text, colour=column,
+    paths = [save_html_map(np.zeros((3, 2)), table, folder / f"{i}.html", text, held_out=text, color=column,
                            plotlyjs="cdn") for i, column in enumerate(table)]  # fmt: skip
     return "".join(path.read_text("utf-8") for path in paths)
 

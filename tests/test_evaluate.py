@@ -1,4 +1,4 @@
-"""What the numbers of `audiomaepp.evaluate` must agree with: scikit-learn, themselves, a floor on recordings."""
+"""What the numbers of `audiomaepp.evaluate` must agree with: scikit-learn, themselves, a baseline on recordings."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from audiomaepp.evaluate import (
     linear_probe,
     logmel_statistics,
     make_report,
-    standardise,
+    standardize,
     wilson_interval,
 )
 from audiomaepp.train import collapse_warning
@@ -39,7 +39,7 @@ def clouds(n=400, dim=32, classes=5, gap=0.5, seed=0):
 def test_knn_agrees_with_scikit_learn_wherever_the_vote_is_not_tied(k):
     neighbors = pytest.importorskip("sklearn.neighbors")
     train_x, train_y, test_x, _ = clouds()
-    a, b = standardise(train_x, test_x)
+    a, b = standardize(train_x, test_x)
     theirs = neighbors.KNeighborsClassifier(k, metric="cosine").fit(a, train_y)
     votes = np.sort(theirs.predict_proba(b), axis=1)
     clear = votes[:, -1] > votes[:, -2]
@@ -52,7 +52,7 @@ def test_knn_agrees_with_scikit_learn_wherever_the_vote_is_not_tied(k):
 def test_probe_has_the_optimum_of_scikit_learn(l2, dim):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train_x, train_y, test_x, _ = clouds(dim=dim)
-    a, b = standardise(train_x, test_x)
+    a, b = standardize(train_x, test_x)
     theirs = linear_model.LogisticRegression(C=1 / (len(a) * l2), tol=1e-7, max_iter=5000).fit(a, train_y)
     ours = fit_probe(train_x, train_y, l2=l2)
     np.testing.assert_allclose(ours.logits(test_x).softmax(1).numpy(), theirs.predict_proba(b), atol=0.01)
@@ -193,7 +193,7 @@ def test_wilson_interval_covers_the_truth():
 
 def test_a_report_survives_its_files(tmp_path):
     train_x, train_y, test_x, test_y = clouds()
-    report = make_report(train_x, train_y, test_x, test_y, floor=(train_x[:, :3], test_x[:, :3]), protocol='a, "b"')
+    report = make_report(train_x, train_y, test_x, test_y, baseline=(train_x[:, :3], test_x[:, :3]), protocol='a, "b"')
     assert list(report.rows) == ["this model", "log-mel statistics (floor)", "chance"]
     report.to_json(tmp_path / "results.json")
     report.to_csv(tmp_path / "results.csv")
@@ -237,10 +237,10 @@ def logmel(wav, sample_rate=16000, n_mels=80):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ESC10.exists(), reason="needs the ESC-10 recordings")
-def test_the_floor_on_real_recordings():
-    """log-mel statistics on ESC-10, five folds: logistic 0.85, kNN 0.75 with scikit-learn's Euclidean neighbours.
+def test_the_baseline_on_real_recordings():
+    """log-mel statistics on ESC-10, five folds: logistic 0.85, kNN 0.75 with scikit-learn's Euclidean neighbors.
 
-    Cosine neighbours reach 0.78 with scikit-learn's ties and 0.80 with ours.
+    Cosine neighbors reach 0.78 with scikit-learn's ties and 0.80 with ours.
     """
     soundfile = pytest.importorskip("soundfile")
     with next((ESC10 / "meta").glob("*.csv")).open() as f:

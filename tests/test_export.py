@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from audiomaepp.config import Config
+from audiomaepp.export import export_onnx, export_program
 from audiomaepp.model import AudioMAEPlusPlus
-from audiomaepp.pretrained import export_onnx, export_program
 
 KINDS = {
     "macaron": dict(),

@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import audiomaepp
-from audiomaepp.audio import build_frontend
+from audiomaepp.batches import UnreadableError, make_loader
 from audiomaepp.config import Config
-from audiomaepp.data import UnreadableError, make_loader, open_recordings
+from audiomaepp.data import open_recordings
+from audiomaepp.features import build_frontend
 from audiomaepp.files import OutputError
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.train import Checkpoints, LoaderError, Trainer, loader_error, read_progress
@@ -365,16 +366,16 @@ def test_data_that_vanish_stop_the_run_with_a_list_and_a_checkpoint(folder, tmp_
 
 def _with_worker(folder, tmp_path, monkeypatch, fate, **settings):
     "A run whose loader process meets its fate in the second epoch."
-    import audiomaepp.data as data
+    import audiomaepp.batches as batches
 
-    cfg, read = FROM_FILES.replace(num_workers=1, **settings), data._Clips.__getitem__
+    cfg, read = FROM_FILES.replace(num_workers=1, **settings), batches._Clips.__getitem__
 
     def doomed(self, key):
         if key[0] == 1:
             fate()
         return read(self, key)
 
-    monkeypatch.setattr(data._Clips, "__getitem__", doomed)
+    monkeypatch.setattr(batches._Clips, "__getitem__", doomed)
     trainer, loader = on_files(folder, tmp_path / "run", None, cfg)
     with pytest.raises(LoaderError) as failed:
         trainer.fit(loader)

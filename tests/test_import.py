@@ -1,7 +1,9 @@
 """`import audiomaepp` is cheap, and every public name is there when asked for."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,14 @@ def test_version_is_the_installed_one():
     from importlib.metadata import version
 
     assert audiomaepp.__version__ == version("audiomaepp")
+
+
+def test_a_module_is_there_without_its_import():
+    assert python("import audiomaepp; print(audiomaepp.train.Trainer.__name__)") == "Trainer"
+
+
+def test_editors_see_the_names_that_are_loaded_lazily():
+    tree = ast.parse(Path(audiomaepp.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"audiomaepp.{module}" for name, module in audiomaepp._WHERE.items()}

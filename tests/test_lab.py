@@ -21,10 +21,12 @@ import torch
 import audiomaepp
 from audiomaepp import lab
 from audiomaepp.config import Config
-from audiomaepp.data import Recordings, synthesize
-from audiomaepp.evaluate import html_table, wilson_interval
-from audiomaepp.lab import CHANCE, FLOOR, LOSSES, Comparison, compare_losses, grid
+from audiomaepp.data import Recordings
+from audiomaepp.evaluate import wilson_interval
+from audiomaepp.lab import BASELINE, CHANCE, LOSSES, Comparison, compare_losses, grid
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.synthetic import synthesize
+from audiomaepp.tables import html_table
 from audiomaepp.train import Trainer, read_progress
 
 
@@ -115,7 +117,7 @@ def test_pooling_needs_no_training_of_its_own(sounds, monkeypatch):
     assert len(trained) == 1
     assert list(result.scores["pooling"]) == list(modes)
     assert [r.x.shape[1] for r in result.results] == [32, 32, 64, 32 * config().grid_size[1]]
-    assert list(result.table.index) == [*(f"both · {mode}" for mode in modes), FLOOR, CHANCE]
+    assert list(result.table.index) == [*(f"both · {mode}" for mode in modes), BASELINE, CHANCE]
 
 
 # ---- what is asked for
@@ -337,7 +339,7 @@ def test_a_training_that_diverges_is_reported_and_the_others_are_compared(sounds
     whole = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", fit)
     result = compare_losses(sounds, TWO, base=config(epochs=1), out=tmp_path / "out", quiet=True)
-    assert list(result.table.index) == ["neither", FLOOR, CHANCE] and not result.unfinished
+    assert list(result.table.index) == ["neither", BASELINE, CHANCE] and not result.unfinished
     assert "“both” (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help" in str(result)
     result.save(tmp_path / "saved")
     assert Comparison.load(tmp_path / "saved").failed == result.failed
@@ -346,13 +348,13 @@ def test_a_training_that_diverges_is_reported_and_the_others_are_compared(sounds
 def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, tmp_path):
     comparison.save(tmp_path)
     for path in tmp_path.rglob("seed*/results.json"):
-        if path.parent != lab.run_folder(tmp_path, FLOOR, 0):
+        if path.parent != lab.run_folder(tmp_path, BASELINE, 0):
             path.unlink()
     halfway = Comparison.load(tmp_path)
-    assert list(halfway.table.index) == [FLOOR, CHANCE] and len(halfway.scores) == 0
+    assert list(halfway.table.index) == [BASELINE, CHANCE] and len(halfway.scores) == 0
     assert len(halfway.unfinished) == 4 and "not finished: “neither” (seed 0)" in str(halfway) + halfway._repr_html_()
     assert "not finished" in halfway.to_html(tmp_path / "report.html", pictures=False).read_text()
-    lab.run_folder(tmp_path, FLOOR, 0).joinpath("results.json").unlink()
+    lab.run_folder(tmp_path, BASELINE, 0).joinpath("results.json").unlink()
     with pytest.raises(ValueError, match="goes on with it"):
         Comparison.load(tmp_path)
 
@@ -361,7 +363,7 @@ def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, 
 
 
 def test_the_table_holds_mean_and_spread_over_seeds(comparison):
-    rows = ["neither · mean", "neither · cls", "both · mean", "both · cls", FLOOR, CHANCE]
+    rows = ["neither · mean", "neither · cls", "both · mean", "both · cls", BASELINE, CHANCE]
     assert list(comparison.table.index) == rows
     scores = comparison.scores.query("setting == 'both' and pooling == 'cls'")
     assert list(scores["seed"]) == [0, 1]
@@ -369,13 +371,13 @@ def test_the_table_holds_mean_and_spread_over_seeds(comparison):
     for name in lab.MEASURES:
         values = scores[name].to_numpy()
         assert row[name] == pytest.approx(values.mean()) and row[f"{name}_sd"] == pytest.approx(values.std(ddof=1))
-    assert comparison.table.loc[FLOOR, "knn"] == comparison.floor.scores["knn"]
+    assert comparison.table.loc[BASELINE, "knn"] == comparison.baseline.scores["knn"]
     assert comparison.table.loc[CHANCE, ["knn", "linear"]].tolist() == [0.25, 0.25]
     first, second = (comparison.histories["both", seed]["loss"] for seed in (0, 1))
     assert first != second
 
 
-def with_scores(comparison, column, values, floor=None):
+def with_scores(comparison, column, values, baseline=None):
     "The same comparison pooled by the mean, but for one score: setting → a value for each seed."
     some = {(r.setting, r.seed): r for r in comparison.results if r.pooling == "mean"}
     copies = [
@@ -385,8 +387,8 @@ def with_scores(comparison, column, values, floor=None):
     seeds = list(range(len(next(iter(values.values())))))
     experiment = dataclasses.replace(comparison.experiment, seeds=seeds)
     histories = {(r.setting, r.seed): comparison.histories[r.setting, 0] for r in copies}
-    below = dataclasses.replace(comparison.floor, scores=dict.fromkeys(("knn", "linear"), floor or 0.5))
-    changes = dict(results=copies, experiment=experiment, histories=histories, floor=below, maps={})
+    below = dataclasses.replace(comparison.baseline, scores=dict.fromkeys(("knn", "linear"), baseline or 0.5))
+    changes = dict(results=copies, experiment=experiment, histories=histories, baseline=below, maps={})
     return Comparison(**{**vars(comparison), **changes})
 
 
@@ -437,11 +439,11 @@ def test_many_rows_are_counted_and_few_are_named():
     assert (_who(rows[:1], 9), _who(rows[:2], 9)) == ("“row 0” is", "“row 0” and “row 1” are")
 
 
-def test_the_floor_is_put_in_words(comparison):
-    def said(neither, both, floor, seeds=2):
+def test_the_baseline_is_put_in_words(comparison):
+    def said(neither, both, baseline, seeds=2):
         scores = {"neither": (neither,) * seeds, "both": (both,) * seeds}
-        remarks = with_scores(comparison, "knn", scores, floor).remarks()
-        return next(line for line in remarks if line.startswith(f"kNN-10, floor {floor:.2f}: "))
+        remarks = with_scores(comparison, "knn", scores, baseline).remarks()
+        return next(line for line in remarks if line.startswith(f"kNN-10, baseline {baseline:.2f}: "))
 
     assert said(0.3, 0.4, 0.75).endswith("all are below it")
     assert said(0.9, 1.0, 0.1).endswith("all are above it by more than the interval")
@@ -486,7 +488,7 @@ def test_shift_tells_what_was_planted(comparison):
     right = labels.copy() # after: all are right, but for one of class 2
     right[np.flatnonzero(labels == 2)[0]] = 3
     nearest = before.nearest.copy()
-    nearest[0] = before.nearest[0] + 1000 # one clip has only new neighbours, another one half
+    nearest[0] = before.nearest[0] + 1000 # one clip has only new neighbors, another one half
     nearest[1, :5] = before.nearest[1, :5] + 1000
     nearest[2] = nearest[2, ::-1] # and one has the same in another order
     changed, _ = planted(comparison, predicted=right, nearest=nearest)
@@ -513,7 +515,7 @@ def test_a_shift_compares_seed_with_seed_and_knows_the_usual_movement(comparison
     between = [lab.moved_share(pairs[0][i], pairs[1][i]) for i in (0, 1)]
     assert shift.usual == pytest.approx(np.mean(between)) and "between two seeds" in str(shift)
     assert comparison.shift("neither", "both", seed=1).moved == pytest.approx(lab.moved_share(*pairs[1]).mean())
-    assert comparison.shift(FLOOR, "both").seeds == [0, 1]
+    assert comparison.shift(BASELINE, "both").seeds == [0, 1]
     for arguments, words in [(("neither", "non"), "non"), (("neither", "both", 7), "seed=7")]:
         with pytest.raises(ValueError, match=words):
             comparison.shift(*arguments)
@@ -531,7 +533,7 @@ def test_a_movement_as_between_two_seeds_is_no_finding(comparison):
     names = [("neither", 0), ("neither", 1), ("both", 0), ("both", 1)]
     noise = moved(dict(zip(names, (4, 4, 4, 4), strict=True)))
     assert noise.moved == noise.usual == 0.4
-    assert "40% of a clip's ten neighbours changed, no more than between two seeds of one setting (40%)" in str(noise)
+    assert "40% of a clip's ten neighbors changed, no more than between two seeds of one setting (40%)" in str(noise)
     found = moved(dict(zip(names, (0, 0, 9, 9), strict=True)))
     assert found.moved == 0.9 and "changed, more than between two seeds of one setting (45%)" in str(found)
     assert "one seed does not tell" in str(planted(comparison)[0].shift("neither", "both"))
@@ -567,13 +569,13 @@ def test_text_stands_left_in_a_table_and_numbers_right(comparison):
 def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
     figure = comparison.plot()
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert titles == ["neither · mean", "neither · cls", "both · mean", "both · cls", FLOOR]
+    assert titles == ["neither · mean", "neither · cls", "both · mean", "both · cls", BASELINE]
     numbers = [ax.get_xlabel().replace("\xa0", " ") for ax in figure.axes if ax.get_title()]
     assert all("kNN-10" in line and "trust" in line for line in numbers) and "RankMe" not in numbers[-1]
     assert f"held-out clips: {comparison.experiment.protocol}" in figure.get_suptitle()
-    assert len(comparison.plot("pitch", ["neither", "both · cls"], seed=1).axes) == 3  # two maps and a colour bar
+    assert len(comparison.plot("pitch", ["neither", "both · cls"], seed=1).axes) == 3  # two maps and a color bar
     assert len(comparison.maps) == 2 and comparison.plot("tempo") and len(comparison.maps) == 2
-    for arguments, words in [(("colour",), "no column"), (("label", ["non"]), "no row")]:
+    for arguments, words in [(("color",), "no column"), (("label", ["non"]), "no row")]:
         with pytest.raises(ValueError, match=words):
             comparison.plot(*arguments)
 
@@ -603,7 +605,7 @@ def test_the_report_is_one_page_that_says_it_all(comparison, tmp_path):
     path = comparison.to_html(tmp_path / "report.html", "Losses <here>", repeat=again, pictures=False)
     page = path.read_text(encoding="utf-8")
     for words in [
-        "Losses &lt;here&gt;", again, comparison.experiment.protocol, FLOOR, "both · cls",
+        "Losses &lt;here&gt;", again, comparison.experiment.protocol, BASELINE, "both · cls",
         "use_uniformity_loss=False", "embed_dim=32", "confusions that went away", torch.__version__, "viewport",
         "prefers-color-scheme: dark", *comparison.remarks(),
     ]:  # fmt: skip
@@ -657,7 +659,7 @@ def test_saved_and_loaded_it_is_the_same(comparison, tmp_path):
 def test_any_name_is_one_folder_of_its_own(name, tmp_path):
     folder = lab.run_folder(tmp_path, name, 0)
     assert folder.parent.parent == tmp_path and folder.parent.name.strip(".") and len(folder.parent.name) < 80
-    others = [lab.run_folder(tmp_path, other, 0) for other in ("a b", "a_b", "both", FLOOR) if other != name]
+    others = [lab.run_folder(tmp_path, other, 0) for other in ("a b", "a_b", "both", BASELINE) if other != name]
     assert folder not in others
 
 

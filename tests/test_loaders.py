@@ -12,13 +12,13 @@ import torch
 from fuzz_artefacts import SMALL, Folder
 from safetensors.torch import load_file, save_file
 
-from audiomaepp.cli import open_again
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.finetune import Classifier
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official
+from audiomaepp.run import open_again
 from audiomaepp.search import SoundIndex
 from audiomaepp.train import Trainer, load_checkpoint, read_progress
 

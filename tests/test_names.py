@@ -13,9 +13,10 @@ import pytest
 import soundfile
 
 from audiomaepp import cli
-from audiomaepp.data import Recordings, drop_unreadable, open_recordings, paths_of, split
+from audiomaepp.data import Recordings, drop_unreadable, open_recordings, split
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.search import SoundIndex
+from audiomaepp.tables import paths_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
 TINY = """--preset tiny --epochs 1 --warmup-epochs 0 --batch-size 4 --embed-dim 32 --depth 1 --num-heads 2
@@ -148,7 +149,7 @@ def test_a_run_keeps_every_clip(run, sounds):
 
 
 def test_evaluate_and_map(run, capsys, monkeypatch):
-    monkeypatch.setattr("audiomaepp.plots.umap_2d", lambda x: np.asarray(x)[:, :2])
+    monkeypatch.setattr("audiomaepp.maps.umap_2d", lambda x: np.asarray(x)[:, :2])
     cli.main(["map", str(run)])
     capsys.readouterr().out.encode()
     page = (run / "pictures" / "map.html").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 import audiomaepp
-from audiomaepp import cli, embed
+from audiomaepp import cli, embed, run
 from audiomaepp.config import Config
 from audiomaepp.files import LOCK, MARKER, made_by
 from audiomaepp.finetune import finetune
@@ -142,7 +142,7 @@ def test_a_finished_run_without_its_checkpoint_stays(tmp_path):
 def test_a_run_that_has_saved_nothing_starts_again(tmp_path, monkeypatch):
     """A command that died in its first minutes would block its folder for ever."""
     out, line = tmp_path / "run", ["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(cli.Trainer, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(run.Trainer, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
     assert "the memory is not enough" in refused(*line)
     assert (out / "data.json").exists() and made_by(out) == "train"
     monkeypatch.undo()

@@ -25,7 +25,7 @@ from audiomaepp.files import MARKER
 from audiomaepp.model import AudioMAEPlusPlus, cpu_state, split_by_noise
 from audiomaepp.train import Trainer, read_progress
 
-STEPS, HALF = 6, 4  # optimiser steps; clips in a process's batch
+STEPS, HALF = 6, 4  # optimizer steps; clips in a process's batch
 
 
 def config(batch_size, **changes):
@@ -279,7 +279,7 @@ def test_the_command_under_two_processes(tmp_path):
     assert [p.name for p in run.glob(".*")] == [MARKER], "a temporary file was left behind"
     assert len((run / "history.csv").read_text().splitlines()) == 3
     assert said.count("The run is in") == 1, said
-    from audiomaepp.cli import evaluate_run
+    from audiomaepp.run import evaluate_run
 
     assert "chance" in str(evaluate_run(run, quiet=True).report)
 

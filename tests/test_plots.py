@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from audiomaepp.evaluate import knn_accuracy
-from audiomaepp.plots import (
+from audiomaepp.maps import (
     MapPanel,
     aligned_umap,
-    plot_confusion,
-    plot_histories,
-    plot_history,
     plot_map,
     plot_maps,
-    plot_masks,
-    plot_reconstruction,
     plot_shift,
-    plot_spectrogram,
     save_html_map,
     trustworthiness,
     umap_2d,
+)
+from audiomaepp.plots import (
+    plot_confusion,
+    plot_histories,
+    plot_history,
+    plot_masks,
+    plot_reconstruction,
+    plot_spectrogram,
 )
 
 HEAVY = ("matplotlib", "umap", "plotly", "sklearn", "pandas")
@@ -96,7 +98,7 @@ def test_legend_names_each_class_once_and_unlabelled_last():
     fig = plot_maps([("a", xy), ("b", xy)], [0, 1, 2, 0, 1, -1], held_out="x", names=["dog", "rain", "sea"])
     (legend,) = fig.legends
     assert [t.get_text() for t in legend.get_texts()] == ["dog", "rain", "sea", "unlabelled"]
-    assert len({tuple(ax.collections[1].get_facecolor()[0]) for ax in fig.axes}) == 1 # one colour everywhere
+    assert len({tuple(ax.collections[1].get_facecolor()[0]) for ax in fig.axes}) == 1 # one color everywhere
 
 
 def test_embeddings_that_umap_cannot_place_are_still_drawn():
@@ -118,7 +120,7 @@ def test_bad_arguments_are_named(tmp_path):
         (lambda: plot_history([]), "no curve to draw over 'step'; rows hold nothing"),
         (lambda: plot_confusion(np.eye(3), ["a"], held_out="x"), r"shape \(3, 3\) for 1 names"),
         (lambda: save_html_map(xy, {"name": ["a"]}, tmp_path / "m.html", held_out="x"), "'name' has 1 values"),
-        (lambda: save_html_map(xy, {}, tmp_path / "m.html", held_out="x", colour="fold"), "no column 'fold'"),
+        (lambda: save_html_map(xy, {}, tmp_path / "m.html", held_out="x", color="fold"), "no column 'fold'"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -144,7 +146,7 @@ def test_history_keeps_losses_and_held_out_scores_apart():
 def test_pages_hold_no_foreign_markup(tmp_path):
     bad = "<img src=x onerror=alert(1)></script>"
     table, path = {bad: [bad, bad]}, tmp_path / "m.html"
-    save_html_map(np.zeros((2, 2)), table, path, bad, held_out=bad, colour=bad, plotlyjs="cdn")
+    save_html_map(np.zeros((2, 2)), table, path, bad, held_out=bad, color=bad, plotlyjs="cdn")
     assert "<img" not in path.read_text() and path.read_text().count("</script>") == path.read_text().count("<script")
 
 
@@ -184,7 +186,7 @@ def test_a_power_of_ten_stands_in_the_title_without_a_formula():
     assert {ax.get_title() for ax in fig.axes if ax.get_visible()} == {"learning rate (×10⁻⁶)", "steps (×10¹²)"}
 
 
-def test_a_class_has_one_colour_on_the_map_and_on_the_page(tmp_path):
+def test_a_class_has_one_color_on_the_map_and_on_the_page(tmp_path):
     """Ten comes after two for a reader and before it for a computer; held-out clips need not show every class."""
     from matplotlib.colors import to_hex
 
@@ -283,10 +285,10 @@ def test_few_clips_are_drawn_and_aligned(n):
 
 
 def test_more_than_a_thousand_clips_are_drawn_by_seed(monkeypatch):
-    from audiomaepp import plots
+    from audiomaepp import maps
 
     x = np.tile(clouds(2), (9, 1))[:1050] + 0.5 * np.random.default_rng(5).normal(size=(1050, 16))
-    monkeypatch.setattr(plots._settle, "__defaults__", (60,)) # the count of steps is not in question
+    monkeypatch.setattr(maps._settle, "__defaults__", (60,)) # the count of steps is not in question
     maps = aligned_umap({"x": x, "same": x.copy(), "stranger": np.random.default_rng(6).permutation(x)})
     assert np.array_equal(maps["x"], maps["same"]) and median_move(maps, "x", "stranger") > 0.1
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from audiomaepp.audio import build_frontend
 from audiomaepp.config import Config
+from audiomaepp.features import build_frontend
 from audiomaepp.losses import reconstruction_loss
 from audiomaepp.model import AudioMAEPlusPlus, patchify
 from audiomaepp.pooling import extract_embeddings, frame_embeddings

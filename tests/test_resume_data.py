@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import soundfile
 
-from audiomaepp import cli
+from audiomaepp import cli, run
 from audiomaepp.config import Config
-from audiomaepp.data import synthesize
+from audiomaepp.synthetic import synthesize
 
 TINY = """--epochs 1 --warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
     --decoder-depth 1 --decoder-num-heads 2 --precision fp32""".split()
@@ -179,12 +179,12 @@ def test_names_that_are_not_utf8_are_compared(tmp_path):
             soundfile.write(os.fsencode(path), wave.numpy(), 16000)
         parts.append(made)
     table = tmp_path / "recordings.csv"
-    cli.write_recordings(table, *parts, str(tmp_path))
+    run.write_recordings(table, *parts, str(tmp_path))
     assert "caf\\xe9 a 0" in table.read_text(encoding="utf-8")
-    assert cli.compare_recordings(table, *parts, str(tmp_path))[2] == []
+    assert run.compare_recordings(table, *parts, str(tmp_path))[2] == []
     os.rename(parts[1].paths[0], tmp_path / "plain.wav")
     parts[1].paths[0] = str(tmp_path / "plain.wav")
-    changes = cli.compare_recordings(table, *parts, str(tmp_path))[2]
+    changes = run.compare_recordings(table, *parts, str(tmp_path))[2]
     assert changes == ["caf\\xe9 b 0\n.wav is missing or cannot be read", "plain.wav is new"]
 
 

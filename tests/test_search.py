@@ -11,10 +11,10 @@ import torch
 
 from audiomaepp import cli
 from audiomaepp.config import Config
-from audiomaepp.data import synthesize
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.search import SoundIndex
+from audiomaepp.synthetic import synthesize
 
 CFG = Config.preset("nano", depth=1, embed_dim=32, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2)
 

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from audiomaepp.audio import build_frontend
 from audiomaepp.config import Config
+from audiomaepp.features import build_frontend
 from audiomaepp.model import AudioMAEPlusPlus
 
 SIZES = [((384, 384), (16, 16)), ((448, 448), (32, 32)), ((200, 80), (4, 16)), ((1024, 128), (16, 16))]

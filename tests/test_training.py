@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from audiomaepp.cli import DataArgs, train_run
 from audiomaepp.config import Config
+from audiomaepp.run import DataArgs, train_run
 from audiomaepp.train import History, Trainer
 
 ALWAYS = {"epoch", "step", "lr", "loss", "reconstruction", "grad_norm", "clips_per_s"}
