@@ -33,7 +33,7 @@ from audiomaepp.losses import (
     uniformity_loss,
 )
 from .pooling import extract_embeddings
-from .tables import escape
+from .tables import render
 
 # %% ../nbs/02_model.ipynb #d1ae33db
 def patchify(
@@ -489,29 +489,16 @@ def need_finite(
                                  "saved before is unchanged, and a lower base_lr or precision='fp32' may help")
 
 # %% ../nbs/02_model.ipynb #70db5001
-def _literal(text: str) -> str:
-    "Text as one line of Markdown that shows it as it is."
-    return re.sub(r"[!$*\[\\\]_`{|}~]", lambda c: f"&#{ord(c[0])};", " ".join(escape(text).split()))
-
-
 def _card_text(model: nn.Module, data: str, scores: dict[str, dict[str, float]]) -> str:
     "The body of a model card, in Markdown."
     cfg, count = model.cfg, sum(p.numel() for p in model.parameters())
-    lines = ["# AudioMAE++", "", f"A masked autoencoder for audio, {count / 1e6:.1f} M parameters: windows of "
-             f"{cfg.clip_seconds:g} s at {cfg.sample_rate} Hz to embeddings of {cfg.embedding_dim} numbers.", "",
-             "```python", "from audiomaepp import EmbeddingGenerator", "",
-             'EmbeddingGenerator("this folder or repository").extract_embedding("sound.wav")', "```", "", "## Data", "",
-             f"<p>{_literal(data or 'Not stated.')}</p>", "", "## Held-out scores", ""]
-    if scores:
-        names = list(dict.fromkeys(name for row in scores.values() for name in row))
-        lines += ["| | " + " | ".join(map(_literal, names)) + " |", "|---" * (len(names) + 1) + "|"]
-        cells = {who: [f"{row[n]:.3g}" if n in row else "" for n in names] for who, row in scores.items()}
-        lines += [f"| {_literal(who)} | " + " | ".join(row) + " |" for who, row in cells.items()]
-    else:
-        lines.append("Not stated.")
-    settings = [f"| `{name}` | `{value!r}` |" for name, value in cfg.diff().items()]
-    lines += ["", "## Settings that differ from the defaults", "", "| setting | value |", "|---|---|", *settings, ""]
-    return "\n".join(lines)
+    names = list(dict.fromkeys(name for row in scores.values() for name in row))
+    return render(
+        "model_card.md", millions=f"{count / 1e6:.1f}", seconds=f"{cfg.clip_seconds:g}", sample_rate=cfg.sample_rate,
+        embedding_dim=cfg.embedding_dim, data=data, names=names,
+        settings={k: repr(v) for k, v in cfg.diff().items()},
+        scores={who: [f"{row[n]:.3g}" if n in row else "" for n in names] for who, row in scores.items()},
+    )
 
 # %% ../nbs/02_model.ipynb #5a52048a
 def _init_weights(module: nn.Module):
