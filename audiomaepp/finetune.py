@@ -6,10 +6,12 @@
 __all__ = ['FINETUNING', 'CLASSIFIER_FILES', 'layer_groups', 'Classifier', 'finetune', 'accuracy']
 
 # %% ../nbs/41_finetune.ipynb #25aa0004
+import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import augment, make_loader
-from .data import Recordings
+from .config import PRESETS, Config
+from .data import Recordings, Skipped, open_recordings
 from .embed import EmbeddingGenerator
+from .evaluate import chance, wilson_interval
 from .features import build_frontend
-from .files import check_fields, claim, naming, only_writer, read_header, read_json, write_atomic
+from audiomaepp.files import (
+    check_fields,
+    claim,
+    made_by,
+    naming,
+    only_writer,
+    printable,
+    read_header,
+    read_json,
+    write_atomic,
+)
 from .model import AudioMAEOutput, AudioMAEPlusPlus, check_shapes, cpu_state, read_tensors
 from .pooling import extract_embeddings
+from .pretrained import load_official
+from .source import Parts, Source, load_source, open_again, open_source, save_source
 from .train import History, Trainer, param_groups
+from .validation import without_validation
 
 # %% ../nbs/41_finetune.ipynb #25aa0007
 def layer_groups(
@@ -226,3 +243,144 @@ def accuracy(
     recordings = recordings.select(labels >= 0)
     names = [recordings.classes[i] for i in recordings.labels]
     return float(np.mean([a == b for a, b in zip(classifier.predict(recordings), names, strict=True)]))
+
+# %% ../nbs/41_finetune.ipynb #f17e0002
+@dataclass
+class FinetuneSettings:
+    "Everything that decides the numbers of a fine-tuning, besides model and sounds."
+
+    epochs: int = 30 # passes over the training clips
+    batch_size: int = 32 # clips in a batch
+    base_lr: float = 4e-3 # learning rate of the head for 256 clips a step
+    layer_decay: float = 0.75 # rate of a block / rate of the block above it; 0 trains the head alone
+    mixup: float = 0.2 # α of Beta(α, α); 0 switches it off
+    spec_time_mask: int | None = None # longest time mask of SpecAugment, in frames; the model's own by default
+    spec_freq_mask: int | None = None # widest frequency mask of SpecAugment, in bands; the model's own by default
+    seed: int = 0 # seed of everything random
+
+    def config(self) -> dict:
+        "Return the settings that are fields of `Config`."
+        names = ("epochs", "batch_size", "base_lr", "spec_time_mask", "spec_freq_mask", "seed")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return found | {"warmup_epochs": self.epochs / 10}
+
+
+def finetune_run(
+    model: str | os.PathLike, # folder of a run, a released checkpoint, a Hub repository, or a preset
+    out: str | os.PathLike, # folder of the classifier
+    source: Source | None = None, # sounds; those of the run by default
+    quiet: bool = False, # no progress and no messages
+    reuse: bool = True, # return a finished classifier of the same settings; else raise `ValueError`
+    **settings, # see `FinetuneSettings`
+) -> dict: # accuracy, n_test, chance
+    "Fine-tune a model, or continue, and score the classifier on held-out clips."
+    how, say = FinetuneSettings(**settings), (lambda text: None) if quiet else print
+    facts = _facts(model, source, how)
+    with only_writer(out) as out:
+        begun = _is_begun(out, facts)
+        if begun and (out / "results.json").exists():
+            if not reuse:
+                raise ValueError(f"{out} already holds a classifier that is complete; choose another --out")
+            return _scores(out)
+        claim(out, "finetune", CLASSIFIER_FILES)
+        pretrained = _load_model(os.fspath(model), how.seed)
+        train, test, protocol = open_again(out, pretrained.cfg, quiet) if begun else \
+            _open_parts(pretrained, Path(model), source, out, quiet)
+        write_atomic(out / "finetune.json", json.dumps(facts, indent=2).encode() + b"\n")
+        fitted, held = without_validation(train, how.seed)
+        say(protocol)
+        classifier, _ = finetune(pretrained, fitted, held, out, how.layer_decay, how.mixup, quiet, resume=begun,
+                                 **how.config())
+        scores = _score(classifier, train, test)
+        write_atomic(out / "results.json", json.dumps(dict(protocol=protocol, **scores), indent=2).encode() + b"\n")
+    low, high = wilson_interval(scores["accuracy"], scores["n_test"])
+    say(f"accuracy {scores['accuracy']:.3f} ({low:.2f}–{high:.2f}) on {scores['n_test']} held-out clips; "
+        f"chance {scores['chance']:.2f}\nThe classifier is in {out}.")
+    return scores
+
+# %% ../nbs/41_finetune.ipynb #f17e0004
+def _facts(model: str | os.PathLike, source: Source | None, how: FinetuneSettings) -> dict:
+    "Return everything that decides the numbers, as plain JSON types."
+    where = os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
+    data = dataclasses.asdict(source or Source(data="")) | {"data": source.place if source else ""}
+    return dict(model=where, data=data, **dataclasses.asdict(how))
+
+
+def _is_begun(out: Path, facts: dict) -> bool:
+    "Return whether a folder holds this fine-tuning; raise `ValueError` if it holds another."
+    if made_by(out) != "finetune" or not any(out.glob("checkpoint*.safetensors")):
+        return False
+    before = read_json(out / "finetune.json")
+    if isinstance(before.get("data"), dict):  # an earlier version could not hold out rows
+        before["data"].setdefault("held_out_rows", None)
+    for name, value in json.loads(json.dumps(facts)).items():
+        if value != before.get(name):
+            if (out / "results.json").exists():
+                raise ValueError(f"{out} already holds a classifier that is complete; choose another --out")
+            raise ValueError(f"{name}={value!r} differs from the fine-tuning in {out}, which has "
+                             f"{before.get(name)!r}; use the same settings to continue it, or choose another --out")
+    return True
+
+
+def _scores(out: Path) -> dict:
+    "Return what a finished fine-tuning has scored."
+    kinds = dict(accuracy=float, n_test=int, chance=float)
+    return check_fields(read_json(out / "results.json"), kinds, out / "results.json")
+
+
+def _load_model(model: str, seed: int) -> AudioMAEPlusPlus:
+    "Return the model that is named; for a preset, one with random weights."
+    if model in PRESETS:
+        torch.manual_seed(seed)
+        return AudioMAEPlusPlus(Config.preset(model, seed=seed))
+    return load_official(model) if Path(model).is_file() else AudioMAEPlusPlus.from_pretrained(model)
+
+
+def _open_parts(model: AudioMAEPlusPlus, run: Path, source: Source | None, out: Path, quiet: bool) -> Parts:
+    "Open the named sounds, or those of the run; write into `out` what is needed to open them again."
+    seed = model.cfg.seed
+    if source is not None:
+        parts = open_source(source, model.cfg, quiet, out)
+    elif (path := run / "data.json").is_file():
+        source, parts = load_source(run), open_again(run, model.cfg, quiet)
+        seed = check_fields(read_json(path), dict(seed=int), path, ["seed"]).get("seed", seed)
+    else:
+        raise ValueError(f"{run} does not say what it was trained on; name a folder with --data")
+    save_source(source, out, parts, seed)
+    return parts
+
+
+def _score(classifier: Classifier, train: Recordings, test: Recordings) -> dict:
+    "Return the accuracy on held-out clips, and that of guessing."
+    test = test.select(test.labels >= 0)
+    truth = np.array([test.classes[i] for i in test.labels])
+    right = float(np.mean(np.array(classifier.predict(test)) == truth))
+    return dict(accuracy=right, n_test=len(test), chance=chance(train.labels, test.labels))
+
+# %% ../nbs/41_finetune.ipynb #f17e0007
+def predict_table(
+    folder: str | os.PathLike, # folder of a classifier
+    sounds: Sequence[str | os.PathLike], # sound files or folders
+    device: str | None = None, # device of the model; a GPU if there is one
+): # DataFrame: path, class, a column of probabilities for each class; `.attrs["skipped"]` lists (path, reason)
+    "Return the class probabilities of sounds."
+    import pandas as pd
+
+    classifier, skipped, paths = Classifier.from_pretrained(folder), Skipped(), []
+    rate = classifier.model.cfg.sample_rate
+    for sound in map(os.fspath, sounds):
+        found = open_recordings(sound, rate) if os.path.isdir(sound) else None
+        paths += found.paths if found else [sound]
+        skipped += found.skipped if found else []
+    table = pd.DataFrame({"path": paths, "label": [None] * len(paths)})
+    recordings = Recordings(table, rate, [], [None] * len(paths))
+    generator = EmbeddingGenerator(classifier.model, device)
+    x, rows, failed = generator.embed_recordings(recordings, quiet=True)
+    with torch.inference_mode():
+        head, vectors = classifier.head.to(generator.device), torch.from_numpy(x).to(generator.device)
+        chances = head(vectors).softmax(dim=1).cpu().numpy()
+    names = [classifier.classes[i] for i in chances.argmax(axis=1)] if len(x) else []
+    result = pd.DataFrame({"path": [printable(paths[i]) for i in rows], "class": names})
+    result = result.join(pd.DataFrame(chances.reshape(len(x), -1), columns=classifier.classes))
+    result.attrs["skipped"] = Skipped([*skipped, *failed])
+    return result

@@ -51,7 +51,7 @@ from audiomaepp.files import (
     write_atomic,
 )
 from .model import AudioMAEPlusPlus
-from .run import Validation, baseline_features
+from .validation import Validation, baseline_features
 from .store import write_parquet
 from .tables import escape, html_table, text_table
 from .train import History, Trainer, collapse_warning

@@ -32,8 +32,8 @@ from audiomaepp.evaluate import average_scores, chance, evaluate_embeddings
 from audiomaepp.features import LogMel
 from audiomaepp.files import write_atomic
 from audiomaepp.lab import compare_losses
-from audiomaepp.run import baseline_features
 from audiomaepp.synthetic import synthesize
+from audiomaepp.validation import baseline_features
 
 WORDS = dict(label_from=r"^(\d)_", group_from=r"_([a-z]+)_")  # 7_theo_12.flac
 BARS = {  # asked for: (kNN-10, linear)

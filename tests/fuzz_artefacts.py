@@ -33,8 +33,8 @@ from audiomaepp.finetune import Classifier
 from audiomaepp.lab import Comparison, Result, design
 from audiomaepp.model import AudioMAEPlusPlus, cpu_state
 from audiomaepp.pretrained import load_official, read_weights
-from audiomaepp.run import DataArgs, open_again
 from audiomaepp.search import SoundIndex
+from audiomaepp.source import Source, open_again
 from audiomaepp.train import History, Trainer, load_checkpoint, read_progress
 
 SMALL = dict(
@@ -80,7 +80,7 @@ def _run(folder, cfg, sounds):
     batch = dict(spec=torch.randn(2, 1, 16, 16), label=torch.tensor([0, 1]))
     trainer.fit([batch])
     cfg.save(folder / "config.json")
-    data = DataArgs(data=str(sounds))
+    data = Source(data=str(sounds))
     train, test, protocol = data.open(cfg, quiet=True)
     data.save(folder / "data.json", protocol, train, test, cfg.seed)
 
@@ -192,7 +192,7 @@ LOADERS = {
     ],
     "run/model.safetensors": [_file(AudioMAEPlusPlus.from_pretrained, "run")],
     "run/checkpoint.safetensors": [_progress, _checkpoint, _resumed],
-    "run/data.json": [_file(DataArgs.load, "run/data.json")],
+    "run/data.json": [_file(Source.load, "run/data.json")],
     "run/history.csv": [_drawn],
     "run/recordings.csv": [_opened],
     "classifier/config.json": [_file(Classifier.from_pretrained, "classifier")],

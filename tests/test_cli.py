@@ -16,16 +16,16 @@ import soundfile
 from safetensors.torch import load_file
 
 import audiomaepp
-from audiomaepp import cli
+from audiomaepp import cli, validation
 from audiomaepp import run as running
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings
 from audiomaepp.files import MARKER
 from audiomaepp.finetune import Classifier
 from audiomaepp.lab import BASELINE, CHANCE, LOSSES, Comparison, design
-from audiomaepp.run import Validation
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer
+from audiomaepp.validation import Validation
 
 TINY = """--warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
     --decoder-depth 1 --decoder-num-heads 2 --precision fp32""".split()
@@ -73,11 +73,11 @@ def test_flags_win_over_the_preset_in_any_order(preset, first):
 
 
 def test_every_setting_is_a_flag_with_its_help(capfd):
-    assert refused("train", "--help") == 0
+    assert refused("train", "--help-all") == 0
     shown = capfd.readouterr().out
     for f in fields(Config):
         assert "--" + f.name.replace("_", "-") in shown, f.name
-    for words in ("share of the patches that is hidden", "hold out this fold", "go on where"):
+    for words in ("share of the patches that is hidden", "hold out this fold", "continue the run in"):
         assert words in " ".join(shown.replace("│", " ").split()), words
 
 
@@ -208,13 +208,13 @@ def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypat
     out, flags = tmp_path / "stopped", ["--epochs", "2", "--eval-every", "1", *TINY]
     whole = tmp_path / "whole"
     cli.main(["train", "--data", str(sounds), "--out", str(whole), *flags])
-    save = running.Trainer._save
+    save = Trainer._save
 
     def save_and_stop(self, epoch, batch):
         save(self, epoch, batch)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running.Trainer, "_save", save_and_stop)
+    monkeypatch.setattr(Trainer, "_save", save_and_stop)
     assert refused("train", "--data", sounds, "--out", out, *flags) == 130
     monkeypatch.undo()
     (words,) = [line for line in capsys.readouterr().err.splitlines() if "audiomaepp train --resume" in line]
@@ -235,7 +235,7 @@ def test_training_calls_validation_clips_by_their_name(tmp_path, capsys, monkeyp
     flags = ["--synthetic-clips", "5", "--eval-every", "1", *TINY]
     cli.main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "run")])
     with monkeypatch.context() as patch:
-        patch.setattr(running, "Validation", lambda *parts: Validation(*parts, clips="heldout"))
+        patch.setattr(validation, "Validation", lambda *parts: Validation(*parts, clips="heldout"))
         cli.main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "old")])
     first, second = capsys.readouterr().out.split("The run is in")[:2]
     assert "validation clips choose the checkpoint" in first
@@ -243,7 +243,7 @@ def test_training_calls_validation_clips_by_their_name(tmp_path, capsys, monkeyp
     pictures, plain = [], plots.plot_history
     monkeypatch.setattr(plots, "plot_history", lambda *a, **k: pictures.append(plain(*a, **k)) or pictures[-1])
     for name in ("run", "old"):
-        cli.draw_run(tmp_path / name, cli.evaluate_run(tmp_path / name, quiet=True))
+        running.draw_run(tmp_path / name, running.evaluate_run(tmp_path / name, quiet=True))
     cli.main(["train", "--resume", "--out", str(tmp_path / "old"), "--epochs", "2"])
     rows = rows_of(tmp_path / "old" / "history.csv")
     assert len(rows) == 2 and not [name for name in rows[0] if "heldout" in name]
@@ -288,10 +288,10 @@ def test_a_class_has_one_color_on_both_maps(run, monkeypatch):
 
     figures, plain = [], maps.plot_maps
     monkeypatch.setattr(maps, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
-    found = cli.evaluate_run(run, quiet=True)
+    found = running.evaluate_run(run, quiet=True)
     some = found.test.labels > 0  # the first class has no clip among them
     part = dict(test=found.test.select(some), test_x=found.test_x[some], baseline_x=found.baseline_x[some])
-    cli.draw_run(run, replace(found, **part))
+    running.draw_run(run, replace(found, **part))
     page = (run / "pictures" / "map.html").read_text(encoding="utf-8")
     traces, _ = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))
     drawn = {h.get_label(): to_hex(h.get_facecolor()[0]).upper() for h in figures[0].axes[0].collections}
@@ -329,7 +329,7 @@ def test_held_out_clips_are_never_trained_on(tmp_path, monkeypatch):
         monkeypatch.setattr(Recordings, name, spy)
     cli.main(["train", "--synthetic-clips", "5", "--out", str(tmp_path / "run"), "--epochs", "1", *TINY])
     monkeypatch.undo()
-    evaluation = cli.evaluate_run(tmp_path / "run", quiet=True)
+    evaluation = running.evaluate_run(tmp_path / "run", quiet=True)
     assert touched == set(evaluation.train.paths) and len(touched) == 48
     assert len(evaluation.test) == 12 and not touched & set(evaluation.test.paths)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import audiomaepp
-from audiomaepp import cli, run
+from audiomaepp import cli
 from audiomaepp.files import OutputError
 from audiomaepp.train import LoaderError
 
@@ -144,7 +144,7 @@ def test_two_classes_and_none_are_silent(recwarn, tmp_path):
     write_clips(tmp_path / "a", ["2.wav"])
     audiomaepp.open_recordings(tmp_path)
     audiomaepp.open_recordings(tmp_path / "a")
-    run.split(audiomaepp.synthesize(n=4, classes=2))
+    audiomaepp.split(audiomaepp.synthesize(n=4, classes=2))
     assert not [w for w in recwarn if "label" in str(w.message)]
 
 

@@ -18,7 +18,8 @@ from audiomaepp.config import Config
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.features import build_frontend
 from audiomaepp.model import AudioMAEPlusPlus
-from audiomaepp.run import DataArgs, train_run
+from audiomaepp.run import train_run
+from audiomaepp.source import Source
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer, read_progress
 
@@ -48,26 +49,26 @@ def without_speed(rows):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     out = tmp_path_factory.mktemp("first")
-    return out, train_run(config(), DataArgs(synthetic_clips=3), out, quiet=True)[1]
+    return out, train_run(config(), Source(synthetic_clips=3), out, quiet=True)[1]
 
 
 def test_same_seed_same_checkpoint(first, tmp_path):
     torch.manual_seed(99)  # whatever was drawn before
     np.random.seed(99)  # noqa: NPY002
-    _, history = train_run(config(), DataArgs(synthetic_clips=3), tmp_path, quiet=True)
+    _, history = train_run(config(), Source(synthetic_clips=3), tmp_path, quiet=True)
     assert (tmp_path / "model.safetensors").read_bytes() == (first[0] / "model.safetensors").read_bytes()
     assert_same(tmp_path / "checkpoint.safetensors", first[0] / "checkpoint.safetensors")
     assert without_speed(history.rows) == without_speed(first[1].rows)
 
 
 def test_another_seed_another_model(first, tmp_path):
-    train_run(config(seed=1), DataArgs(synthetic_clips=3), tmp_path, quiet=True)
+    train_run(config(seed=1), Source(synthetic_clips=3), tmp_path, quiet=True)
     ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(first[0] / "model.safetensors")
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("weight"))
 
 
 def test_evaluating_more_often_does_not_change_the_training(first, tmp_path):
-    _, history = train_run(config(eval_every=0), DataArgs(synthetic_clips=3), tmp_path, quiet=True)
+    _, history = train_run(config(eval_every=0), Source(synthetic_clips=3), tmp_path, quiet=True)
     assert_same(tmp_path / "checkpoint.safetensors", first[0] / "checkpoint.safetensors")
 
 

@@ -18,8 +18,8 @@ from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.finetune import Classifier
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official
-from audiomaepp.run import open_again
 from audiomaepp.search import SoundIndex
+from audiomaepp.source import open_again
 from audiomaepp.train import Trainer, load_checkpoint, read_progress
 
 

@@ -16,11 +16,13 @@ import soundfile
 import torch
 
 import audiomaepp
-from audiomaepp import cli, embed, run
+from audiomaepp import cli, embed, source, synthetic
+from audiomaepp import run as running
 from audiomaepp.config import Config
 from audiomaepp.files import LOCK, MARKER, made_by
 from audiomaepp.finetune import finetune
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.train import Trainer
 
 TINY = """--embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 2
     --precision fp32 --warmup-epochs 0 --batch-size 6 --synthetic-clips 3""".split()
@@ -88,10 +90,10 @@ def quick_demo(monkeypatch):
     preset = Config.preset
     tiny = dict(embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, precision="fp32")
     monkeypatch.setattr(cli.Config, "preset", lambda name, **changes: preset(name, **tiny | changes | dict(epochs=1)))
-    monkeypatch.setattr(cli, "draw_run", lambda run, evaluation: [])
-    monkeypatch.setattr(cli.DataArgs, "synthetic_clips", 3)
-    plain = cli.DataArgs.__init__
-    monkeypatch.setattr(cli.DataArgs, "__init__", lambda self, **given: plain(self, **given | dict(synthetic_clips=3)))
+    monkeypatch.setattr(running, "draw_run", lambda run, evaluation, color: [])
+    monkeypatch.setattr(source.Source, "synthetic_clips", 3)
+    plain = source.Source.__init__
+    monkeypatch.setattr(source.Source, "__init__", lambda self, **given: plain(self, **given | dict(synthetic_clips=3)))
 
 
 def test_demo_replaces_a_demo_and_nothing_else(quick_demo, tmp_path):
@@ -125,7 +127,7 @@ def test_a_model_of_somebody_else_stays(command, model, tmp_path):
     assert "which something else made" in message and "choose another --out" in message and contents(model) == before
     if command == "finetune":
         with pytest.raises(ValueError, match="which something else made"):
-            finetune(AudioMAEPlusPlus.from_pretrained(model), cli.synthesize(n=2, classes=2), out=model, epochs=1)
+            finetune(AudioMAEPlusPlus.from_pretrained(model), synthetic.synthesize(n=2, classes=2), out=model, epochs=1)
         assert contents(model) == before
 
 
@@ -142,7 +144,7 @@ def test_a_finished_run_without_its_checkpoint_stays(tmp_path):
 def test_a_run_that_has_saved_nothing_starts_again(tmp_path, monkeypatch):
     """A command that died in its first minutes would block its folder for ever."""
     out, line = tmp_path / "run", ["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(run.Trainer, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
     assert "the memory is not enough" in refused(*line)
     assert (out / "data.json").exists() and made_by(out) == "train"
     monkeypatch.undo()
@@ -231,7 +233,7 @@ def test_a_second_writer_is_refused(command, model, sounds, tmp_path):
         assert "\n" not in message
         holder.kill()  # the system takes the lock back
     before = set(tmp_path.iterdir())
-    with cli.only_writer(out, folder=command != "embed"):
+    with running.only_writer(out, folder=command != "embed"):
         assert {p.name for p in tmp_path.iterdir()} >= {p.name for p in before}
     assert not list(tmp_path.rglob(f"*{LOCK}"))
 

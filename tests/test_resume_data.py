@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from audiomaepp import cli, run
+from audiomaepp import cli, source, synthetic
 from audiomaepp.config import Config
 from audiomaepp.synthetic import synthesize
 
@@ -42,12 +43,8 @@ def begun(tmp_path_factory):
 def home(begun, tmp_path, monkeypatch):
     "A copy of it, at the same place as far as the run can tell."
     shutil.copytree(begun, tmp_path / "home")  # keeps sizes and times
-    load = cli.DataArgs.load.__func__
-
-    def moved(cls, path):
-        return cli.dataclasses.replace(load(cls, path), data=str(tmp_path / "home" / "list.csv"))
-
-    monkeypatch.setattr(cli.DataArgs, "load", classmethod(moved))
+    load = source.load_source
+    monkeypatch.setattr(source, "load_source", lambda run: replace(load(run), data=str(tmp_path / "home" / "list.csv")))
     return tmp_path / "home"
 
 
@@ -75,7 +72,7 @@ def test_data_that_is_the_same_is_opened_again(home):
     table[::-1].to_csv(home / "list.csv", index=False)
     for path in home.glob("*.wav"):
         os.utime(path, ns=(1, 1))
-    train, test, _ = cli.open_again(home / "run", Config(), quiet=True)
+    train, test, _ = source.open_again(home / "run", Config(), quiet=True)
     assert [Path(p).name for p in train.paths] == [f"{i:02d}.wav" for i in range(0, 12, 2)], "in the order of the run"
     assert [Path(p).name for p in test.paths] == [f"{i:02d}.wav" for i in range(1, 12, 2)]
     cli.main([str(word) for word in resume(home)])
@@ -143,10 +140,10 @@ def test_generated_sounds_are_compared_too(tmp_path, monkeypatch):
     """A new version that generates other sounds would score a model on clips that nobody has held out."""
     out = tmp_path / "run"
     cli.main(["train", "--synthetic-clips", "2", *TINY, "--out", str(out)])
-    plain = cli.synthesize
-    monkeypatch.setattr(cli, "synthesize", lambda **how: almost(plain(**how)))
-    cli.open_again(out, Config(), quiet=True)
-    monkeypatch.setattr(cli, "synthesize", lambda **how: plain(**how, seed=1))
+    plain = synthetic.synthesize
+    monkeypatch.setattr(synthetic, "synthesize", lambda **how: almost(plain(**how)))
+    source.open_again(out, Config(), quiet=True)
+    monkeypatch.setattr(synthetic, "synthesize", lambda **how: plain(**how, seed=1))
     assert "has other contents" in refused("evaluate", out)
 
 
@@ -165,7 +162,7 @@ def test_names_that_are_not_utf8(tmp_path):
         soundfile.write(path, wave.numpy(), 16000)
     cli.main(["train", "--data", str(folder), *TINY, "--out", str(tmp_path / "run")])
     assert "caf\\xe9 0" in (tmp_path / "run" / "recordings.csv").read_text(encoding="utf-8")
-    train, test, _ = cli.open_again(tmp_path / "run", Config(), quiet=True)
+    train, test, _ = source.open_again(tmp_path / "run", Config(), quiet=True)
     assert len(train) + len(test) == 8
 
 
@@ -179,19 +176,19 @@ def test_names_that_are_not_utf8_are_compared(tmp_path):
             soundfile.write(os.fsencode(path), wave.numpy(), 16000)
         parts.append(made)
     table = tmp_path / "recordings.csv"
-    run.write_recordings(table, *parts, str(tmp_path))
+    source.write_recordings(table, *parts, str(tmp_path))
     assert "caf\\xe9 a 0" in table.read_text(encoding="utf-8")
-    assert run.compare_recordings(table, *parts, str(tmp_path))[2] == []
+    assert source.compare_recordings(table, *parts, str(tmp_path))[2] == []
     os.rename(parts[1].paths[0], tmp_path / "plain.wav")
     parts[1].paths[0] = str(tmp_path / "plain.wav")
-    changes = run.compare_recordings(table, *parts, str(tmp_path))[2]
+    changes = source.compare_recordings(table, *parts, str(tmp_path))[2]
     assert changes == ["caf\\xe9 b 0\n.wav is missing or cannot be read", "plain.wav is new"]
 
 
 def test_runs_of_earlier_versions_are_opened(home):
     """They have no table of recordings: what they have is checked, and nothing more."""
     (home / "run" / "recordings.csv").unlink()
-    assert len(cli.open_again(home / "run", Config(), quiet=True)[0]) == 6
+    assert len(source.open_again(home / "run", Config(), quiet=True)[0]) == 6
     swap(home)
     assert "other recordings would be held out" in refused("evaluate", home / "run")
 
@@ -201,7 +198,7 @@ def test_a_random_split_stays_with_its_seed(tmp_path):
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     cli.main(["train", "--synthetic-clips", "4", "--seed", "7", *TINY, "--out", str(run)])
     cli.main(["finetune", str(run), "--epochs", "1", "--seed", "3", "--out", str(tuned)])
-    parts = [cli.open_again(folder, cli.Config.load(folder / "config.json"), quiet=True) for folder in (run, tuned)]
+    parts = [source.open_again(folder, cli.Config.load(folder / "config.json"), quiet=True) for folder in (run, tuned)]
     assert parts[0][1].paths == parts[1][1].paths
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from audiomaepp.config import Config
-from audiomaepp.run import DataArgs, train_run
+from audiomaepp.run import train_run
+from audiomaepp.source import Source
 from audiomaepp.train import History, Trainer
 
 ALWAYS = {"epoch", "step", "lr", "loss", "reconstruction", "grad_norm", "clips_per_s"}
@@ -22,7 +23,7 @@ def test_two_epochs(tmp_path, contrastive, uniformity):
         "nano", depth=1, epochs=2, warmup_epochs=0.5, batch_size=12, base_lr=2e-2, eval_every=1,
         use_contrastive_loss=contrastive, use_uniformity_loss=uniformity,
     )  # fmt: skip
-    model, history = train_run(cfg, DataArgs(synthetic_clips=6), tmp_path, quiet=True)
+    model, history = train_run(cfg, Source(synthetic_clips=6), tmp_path, quiet=True)
     assert len(history) == 2 and history["epoch"] == [1, 2]
     before, after = history["reconstruction"]
     assert after < 0.9 * before, "the reconstruction does not get better"
