@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what editors see; `_WHERE` says the same to `__getattr__`, 
     from audiomaepp.model import AudioMAEOutput, AudioMAEPlusPlus
     from audiomaepp.pooling import extract_embeddings
     from audiomaepp.pretrained import load_official
+    from audiomaepp.run import Run
     from audiomaepp.synthetic import synthesize
     from audiomaepp.train import Trainer
 
@@ -33,6 +34,7 @@ _WHERE = {  # the public names, and the module of each
     "load_official": "pretrained",
     "compare_losses": "lab",
     "Comparison": "lab",
+    "Run": "run",
 }
 _MODULES = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")}  # audiomaepp.train works without its import
 __all__ = ["__version__", *_WHERE]

@@ -418,16 +418,20 @@ class Lab(Command):
     config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=lambda: Config.preset("nano"))
     line: ClassVar[str] = "" # command line, for the report
 
+    def settings(self) -> dict[str, dict] | list[dict]:
+        "Return the settings to compare."
+        return read_axes(list(self.axis), self.config, self.losses)
+
     def run(self) -> dict:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"lab must run on one process, got {os.environ['WORLD_SIZE']}; start it without torchrun")
-        self.data.check()
         from audiomaepp.files import only_writer
         from audiomaepp.lab import compare_losses, design
 
         seeds, pooling = self.seeds or (self.config.seed,), self.pooling or None
-        settings = read_axes(list(self.axis), self.config, self.losses)
+        settings = self.settings()
         experiment = design(settings, seeds, self.config, pooling)
+        self.data.check()
         recordings, out = self.data.find(self.config), lab_folder(self, experiment)
         if self.color not in recordings.table:
             names = ", ".join(recordings.table.columns)

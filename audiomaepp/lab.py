@@ -51,10 +51,10 @@ from audiomaepp.files import (
     write_atomic,
 )
 from .model import AudioMAEPlusPlus
-from .validation import Validation, baseline_features
 from .store import write_parquet
 from .tables import escape, html_table, text_table
 from .train import History, Trainer, collapse_warning
+from .validation import Validation, baseline_features
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -616,6 +616,10 @@ class Run(RunFolder):
         "Draw every loss and score against the epoch."
         return curves_figure(self.path)
 
+    def draw(self, color: str = "label", quiet: bool = False) -> list[Path]:
+        "Write all pictures into the folder of the run; return the files."
+        return draw_run(self.path, evaluation_of(self, quiet=quiet), color)
+
     def embed(self, data=None, out: str | os.PathLike | None = None, quiet: bool = False, **how) -> "pd.DataFrame":
         "Embed a folder, or the run's own sounds, into a Parquet file; called again, continue or reuse it."
         return embed_with_run(self, data, out, quiet, how.pop("device", None), how)

@@ -93,7 +93,11 @@ def quick_demo(monkeypatch):
     monkeypatch.setattr(running, "draw_run", lambda run, evaluation, color: [])
     monkeypatch.setattr(source.Source, "synthetic_clips", 3)
     plain = source.Source.__init__
-    monkeypatch.setattr(source.Source, "__init__", lambda self, **given: plain(self, **given | dict(synthetic_clips=3)))
+
+    def few(self, data="synthetic", **given):
+        plain(self, data, **given | dict(synthetic_clips=3))
+
+    monkeypatch.setattr(source.Source, "__init__", few)
 
 
 def test_demo_replaces_a_demo_and_nothing_else(quick_demo, tmp_path):
