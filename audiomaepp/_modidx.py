@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'audiomaepp.cli.read_axes': ('cli.html#read_axes', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.read_axis': ('cli.html#read_axis', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.shortened': ('cli.html#shortened', 'audiomaepp/cli.py'),
+                                'audiomaepp.cli.use_device': ('cli.html#use_device', 'audiomaepp/cli.py'),
                                 'audiomaepp.cli.write_comparison': ('cli.html#write_comparison', 'audiomaepp/cli.py')},
             'audiomaepp.config': { 'audiomaepp.config.Config': ('config.html#config', 'audiomaepp/config.py'),
                                    'audiomaepp.config.Config.__init_subclass__': ( 'config.html#config.__init_subclass__',

@@ -273,11 +273,17 @@ def as_program(folder: str, out: str, resume: str):
     torch.save(trainer.model.state_dict(), out)
 
 
+def _heeding_signals():
+    "A background job ignores Ctrl-C, and nohup SIGHUP; a child would inherit that."
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+
+
 def started(*args):
     env = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, __file__, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
+        stderr=subprocess.DEVNULL, preexec_fn=_heeding_signals,
     )  # fmt: skip
 
 

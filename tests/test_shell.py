@@ -1,0 +1,194 @@
+"""The command as a shell meets it: answers without heavy libraries, JSON for scripts, codes, and no surprises."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import audiomaepp
+from audiomaepp import cli
+from audiomaepp.config import PRESETS
+from audiomaepp.synthetic import synthesize
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+TINY = """--warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
+    --decoder-depth 1 --decoder-num-heads 2 --precision fp32 --epochs 1""".split()
+HEAVY = ("torch", "sklearn", "umap", "numba", "matplotlib", "accelerate", "transformers")
+WATCHED = f"""
+import sys
+from audiomaepp.cli import main
+try: main()
+finally: print("loaded:", *({{*{HEAVY!r}}} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def shell(*args):
+    return subprocess.run(
+        [sys.executable, "-c", WATCHED, *map(str, args)],
+        env=ENV, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def loaded(done):
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("loaded:")]
+    return line.split()[1:]
+
+
+# ---- answers at once
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "train --help", "train --help-all", "evaluate --help",
+                                  "train --preset", "predict --help"])  # fmt: skip
+def test_questions_are_answered_without_torch(line):
+    """A person who types --help waited three seconds for libraries that the answer does not need."""
+    done = shell(*line.split())
+    assert done.returncode == 0 and done.stdout and loaded(done) == []
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("trian --data x", "did you mean train?"),
+        ("train --data nowhere", "'nowhere', which does not exist"),
+        ("demo --data nowhere", "'nowhere', which does not exist"),
+        ("finetune tiny --data nowhere", "'nowhere', which does not exist"),
+        ("embed runs/a --data nowhere", "'nowhere', which does not exist"),
+        ("evaluate nowhere", "must be the folder of a run, got 'nowhere'"),
+        ("map nowhere", "must be the folder of a run, got 'nowhere'"),
+        ("predict nowhere", "must be the folder of a run, got 'nowhere'"),
+        ("search a.wav --in nowhere.parquet", "run audiomaepp embed first"),
+        ("train --preset smal", "small"),
+        ("train --mask-ratio 2", "mask_ratio"),
+    ],
+)
+def test_mistakes_are_answered_without_torch(line, words):
+    done = shell(*line.split())
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert loaded(done) == [] and done.stdout == ""
+
+
+def test_the_plain_help_of_train_fits_two_screens():
+    shown, whole = (shell("train", flag).stdout for flag in ("--help", "--help-all"))
+    assert len(shown.splitlines()) <= 80 < len(whole.splitlines())
+    for flag in ("--data", "--preset", "--out", "--epochs", "--mask-ratio", "--use-contrastive-loss", "--pooling-mode"):
+        assert flag in shown, flag
+    assert "--stretch-mel" in whole and "--stretch-mel" not in shown
+
+
+def test_every_preset_is_listed_with_a_line():
+    lines = shell("train", "--preset").stdout.strip().splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all(len(line.split()) > 3 for line in lines), "a name alone says nothing"
+
+
+def test_completion_for_the_shell():
+    done = shell("--tyro-print-completion", "bash")
+    assert done.returncode == 0 and "complete" in done.stdout and loaded(done) == []
+
+
+# ---- a run, read by a script
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    at, made = tmp_path_factory.mktemp("data") / "sounds", synthesize(n=6, classes=3, seconds=1)
+    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
+        (at / label).mkdir(parents=True, exist_ok=True)
+        soundfile.write(at / label / f"{i}.wav", np.asarray(wave), 16000)
+    return at
+
+
+@pytest.fixture(scope="module")
+def run(sounds, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    done = shell("train", "--data", sounds, "--out", out, *TINY, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout) # nothing else is on standard output
+    assert facts["run"] == str(out) and facts["epoch"] == 1 and "validation clips choose" in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def classifier(run):
+    out = run.parent / "classifier"
+    done = shell("finetune", run, "--out", out, "--epochs", "1", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["n_test"] == 3 and 0 <= facts["accuracy"] <= 1
+    assert "accuracy" not in done.stderr
+    return out
+
+
+def test_json_of_every_reading_command(run, sounds, tmp_path):
+    facts = json.loads(shell("evaluate", run, "--json", "--quiet").stdout)
+    assert set(facts["rows"]) >= {"this model", "chance"} and facts["rows"]["this model"]["n_test"] == 3
+    table = tmp_path / "e.parquet"
+    facts = json.loads(shell("embed", run, "--data", sounds, "--out", table, "--json").stdout)
+    assert (facts["rows"], facts["dimensions"], facts["skipped"]) == (18, 32, [])
+    clip = next(sounds.rglob("*.wav"))
+    facts = json.loads(shell("search", clip, "--in", table, "--k", "2", "--json").stdout)
+    assert len(facts["hits"]) == 2 and {"path", "similarity"} <= set(facts["hits"][0])
+
+
+def test_quiet_leaves_the_result_alone(run):
+    done = shell("evaluate", run, "--quiet")
+    assert "kNN-10" in done.stdout and "Written to" not in done.stdout
+    assert done.stderr.startswith("loaded:"), "a progress bar is no result"
+
+
+def test_evaluate_on_other_sounds(run, tmp_path):
+    """Scores of another set go nowhere near those of the run's own clips."""
+    before = (run / "results.csv").read_bytes() if (run / "results.csv").exists() else None
+    made = synthesize(n=5, classes=2, seconds=1, seed=7)
+    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
+        (tmp_path / label).mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / label / f"{i}.wav", np.asarray(wave), 16000)
+    facts = json.loads(shell("evaluate", run, "--data", tmp_path, "--fraction", "0.4", "--json").stdout)
+    assert facts["rows"]["this model"]["n_test"] == 4 and facts["rows"]["chance"]["knn"] == 0.5
+    assert ((run / "results.csv").read_bytes() if (run / "results.csv").exists() else None) == before
+
+
+@pytest.mark.parametrize("how", ["table", "csv", "json"])
+def test_predict(how, classifier, sounds, tmp_path):
+    bad = tmp_path / "bad.wav"
+    bad.write_text("no sound")
+    files = [*sorted(sounds.rglob("*.wav"))[:2], bad]
+    done = shell("predict", classifier, *files, "--format", how)
+    assert done.returncode == 0 and "bad.wav" in done.stderr and "bad.wav" not in done.stdout
+    if how == "table":
+        assert "class" in done.stdout and len(done.stdout.strip().splitlines()) == 3
+        return
+    rows = json.loads(done.stdout) if how == "json" else list(csv.DictReader(io.StringIO(done.stdout.strip())))
+    classes = [path.name for path in sorted(sounds.iterdir())]
+    assert [row["path"] for row in rows] == [str(path) for path in files[:2]]
+    for row in rows:
+        chances = {name: float(row[name]) for name in classes}
+        assert abs(sum(chances.values()) - 1) < 1e-4 and row["class"] == max(chances, key=chances.get)
+
+
+def test_predict_needs_a_classifier(run, sounds):
+    done = shell("predict", run, next(sounds.rglob("*.wav")))
+    assert done.returncode != 0 and "classifier.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_with_130(monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Doctor, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor"])
+    assert caught.value.code == 130
+
+
+def test_a_device_that_is_not_there_is_named(run):
+    done = shell("evaluate", run, "--device", "cuda:99")
+    assert done.returncode != 0 and "device must be" in done.stderr and "use cpu" in done.stderr
+    assert "Traceback" not in done.stderr
