@@ -1,0 +1,219 @@
+"""`Run`, as a person in Jupyter meets it: the same call twice, another folder, sounds that changed, a low score."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from audiomaepp import Config, Run
+from audiomaepp.run import hints
+from audiomaepp.source import load_source
+from audiomaepp.synthetic import synthesize
+from audiomaepp.train import Trainer
+
+TINY = dict(
+    embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, batch_size=8, warmup_epochs=0,
+    epochs=1, precision="fp32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    "A table of sounds with folds and a site."
+    at, made = tmp_path_factory.mktemp("data") / "sounds", synthesize(n=6, classes=3, seconds=1)
+    at.mkdir()
+    rows = []
+    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
+        soundfile.write(at / f"{i:02d}.wav", np.asarray(wave), 16000)
+        rows.append(dict(path=f"{i:02d}.wav", label=label, fold=1 + i % 3, site="north" if i < 4 else "south"))
+    pd.DataFrame(rows).to_csv(at / "list.csv", index=False)
+    return at / "list.csv"
+
+
+@pytest.fixture(scope="module")
+def run(sounds, tmp_path_factory):
+    return Run.train(sounds, out=tmp_path_factory.mktemp("runs") / "a", fold=2, quiet=True, **TINY)
+
+
+def no_training(monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("a training began"))
+
+
+# ---- training
+
+
+def test_the_same_call_returns_the_same_run(run, sounds, monkeypatch):
+    "A notebook is run from top to bottom again: nothing is trained twice, and nothing is overwritten."
+    no_training(monkeypatch)
+    before = (run.path / "model.safetensors").read_bytes()
+    assert Run.train(sounds, out=run.path, fold=2, quiet=True, **TINY).path == run.path
+    assert (run.path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, words", [(dict(mask_ratio=0.6), "mask_ratio=0.6"), (dict(fold=3), "fold='3'")])
+def test_another_call_into_the_same_folder_is_refused(change, words, run, sounds, monkeypatch):
+    no_training(monkeypatch)
+    with pytest.raises(ValueError, match=f"{words} differs from the run in .*choose another out"):
+        Run.train(sounds, out=run.path, quiet=True, **{"fold": 2} | TINY | change)
+
+
+def test_an_interrupted_run_continues(run, sounds, tmp_path, monkeypatch):
+    "Killed after the first epoch, called again: the same weights as in one go."
+    flags = dict(fold=2, quiet=True, **TINY | dict(epochs=2, eval_every=1))
+    whole = Run.train(sounds, out=tmp_path / "whole", **flags)
+    fit = Trainer.fit
+
+    def killed(self, *args, **kwargs):
+        self.callback = lambda row: row["epoch"] == 2 and (_ for _ in ()).throw(KeyboardInterrupt)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run.train(sounds, out=tmp_path / "cut", **flags)
+    assert "run.resume() continues" in repr(Run(tmp_path / "cut"))
+    monkeypatch.undo()
+    continued = Run.train(sounds, out=tmp_path / "cut", **flags)
+    assert [row["epoch"] for row in continued.history.rows] == [1, 2]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, continued.model.state_dict()[name]), name
+
+
+def test_train_longer(run, sounds, tmp_path):
+    longer = Run.train(sounds, out=tmp_path / "b", fold=2, quiet=True, **TINY)
+    longer.evaluate(quiet=True)
+    assert "kNN-10" in repr(longer)
+    before = longer.state()
+    assert longer.resume(epochs=3, quiet=True).epochs == 3 and longer.state() != before
+    assert "kNN-10" not in repr(longer), "the scores of other weights"
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 7], "site == 'north'"])
+def test_rows_are_held_out_by_number_or_query(rows, sounds, tmp_path):
+    out = tmp_path / "run"
+    run = Run.train(sounds, out=out, held_out=rows, quiet=True, **TINY)
+    table = pd.read_csv(sounds)
+    held = table.iloc[rows] if isinstance(rows, list) else table.query(rows)
+    assert {Path(path).name for path in run.data.test.paths} == set(held["path"])
+    assert Run(out).data.protocol == run.data.protocol
+
+
+def test_row_numbers_count_unreadable_files_too(sounds, tmp_path):
+    "Row 3 of the table is row 3 for the person who wrote it, although row 1 cannot be read."
+    home = tmp_path / "copy"
+    home.mkdir()
+    for path in sounds.parent.iterdir():
+        (home / path.name).write_bytes(path.read_bytes())
+    (home / "01.wav").write_text("no sound")
+    run = Run.train(home / "list.csv", out=tmp_path / "run", held_out=[3, 4], quiet=True, **TINY)
+    assert sorted(Path(path).name for path in run.data.test.paths) == ["03.wav", "04.wav"]
+
+
+def test_a_mask_is_a_way_to_hold_out(sounds, tmp_path):
+    mask = np.arange(18) % 6 == 0
+    run = Run.train(sounds, out=tmp_path / "run", held_out=mask, quiet=True, **TINY)
+    assert load_source(run.path).held_out_rows == (0, 6, 12)
+
+
+def test_a_misspelt_setting_is_named(tmp_path):
+    with pytest.raises(ValueError, match="did you mean mask_ratio"):
+        Run.train(out=tmp_path / "run", mask_rato=0.5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_run_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Run.train"):
+        Run(tmp_path)
+
+
+# ---- scores
+
+
+def test_evaluate_agrees_with_its_files_and_is_computed_once(run, monkeypatch):
+    report = run.evaluate(quiet=True)
+    stored = json.loads((run.path / "results.json").read_text())
+    assert stored["protocol"] == report.protocol and "fold 2 held out" in report.protocol
+    for name, row in report.rows.items():
+        assert {k: v for k, v in stored["rows"][name].items() if not k.endswith(("_low", "_high"))} == row
+    monkeypatch.setattr("audiomaepp.run.score_parts", lambda *args: pytest.fail("the clips were embedded again"))
+    assert run.evaluate(quiet=True) is report
+    with open(run.path / "results.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == list(report.rows)
+
+
+def test_sounds_that_changed_are_refused(sounds, tmp_path):
+    "Another file under an old name would be scored as held out."
+    home = tmp_path / "copy"
+    home.mkdir()
+    for path in sounds.parent.iterdir():
+        (home / path.name).write_bytes(path.read_bytes())
+    run = Run.train(home / "list.csv", out=tmp_path / "run", fold=2, quiet=True, **TINY)
+    soundfile.write(home / "00.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    for what in (run.evaluate, run.map, lambda quiet: run.data):
+        with pytest.raises(ValueError, match="00.wav has other contents"):
+            what(quiet=True)
+
+
+def test_a_low_score_is_said_with_what_to_try(run):
+    "A tiny model after one epoch is no better than log-mel statistics; its user must not have to work that out."
+    report = run.evaluate(quiet=True)
+    report.rows["this model"]["knn"] = report.rows["chance"]["knn"]
+    said = str(report)
+    assert "baseline" in said and "preset 'words'" in said and "longer training" in said
+
+
+def test_hints_look_at_the_sounds():
+    cfg = Config.preset("nano")
+    short, long = (synthesize(n=2, classes=2, seconds=seconds) for seconds in (1, 4))
+    assert "'words'" in hints(cfg, short)[0] and "'semantic'" in hints(cfg, long)[0]
+    assert not any("preset" in hint for hint in hints(Config.preset("semantic", seed=3), long))
+    assert any("use_labels=False" in hint for hint in hints(cfg.replace(use_labels=False), long))
+
+
+# ---- what it returns shows itself
+
+
+def test_pictures(run):
+    from matplotlib.figure import Figure
+
+    assert isinstance(run.map("site", quiet=True), Figure) and isinstance(run.curves(), Figure)
+    assert run.reconstructions(2)._repr_html_().count("<img") == 2
+    with pytest.raises(ValueError, match="color must be a column of the recordings, got 'sight'.*site"):
+        run.map("sight", quiet=True)
+    assert {path.name for path in run.draw(quiet=True)} >= {"map.png", "map.html", "losses.png"}
+
+
+def test_embed_is_reused_and_search_finds_itself(run, sounds, monkeypatch):
+    table = run.embed(quiet=True)
+    assert len(table) == 18 and Path(table.attrs["path"]).is_relative_to(run.path)
+    clip = sounds.parent / "04.wav"
+    hits = run.search(clip, k=3, quiet=True)
+    assert len(hits.table) == 3 and table["label"].iloc[4] in repr(hits)
+    from audiomaepp.embed import EmbeddingGenerator
+
+    count, plain = [], EmbeddingGenerator.embed_windows
+    monkeypatch.setattr(EmbeddingGenerator, "embed_windows", lambda *a, **k: count.append(1) or plain(*a, **k))
+    again = run.embed(quiet=True)
+    assert np.array_equal(np.stack(again["embedding"]), np.stack(table["embedding"]))
+
+
+def test_a_classifier_is_a_run_too(run, sounds, tmp_path):
+    tuned = run.finetune(out=tmp_path / "tuned", quiet=True, epochs=1)
+    assert tuned.is_classifier and "predict" in repr(tuned)
+    table = tuned.predict([sounds.parent / "00.wav", sounds.parent])
+    assert len(table) == 19 and list(table.columns[:2]) == ["path", "class"]
+    assert np.allclose(table.iloc[:, 2:].sum(axis=1), 1, atol=1e-4)
+    assert run.finetune(out=tmp_path / "tuned", quiet=True, epochs=1).path == tuned.path
+    with pytest.raises(FileNotFoundError, match="classifier.json"):
+        run.predict(sounds.parent)
+
+
+def test_it_shows_itself_in_text_and_in_html(run):
+    run.evaluate(quiet=True)
+    assert "1 of 1 epochs" in repr(run) and "kNN-10" in repr(run) and "Next:" in repr(run)
+    page = run._repr_html_()
+    assert "<table" in page and "<code>" in page and str(run.path) in page
