@@ -1,10 +1,12 @@
 """A config is what its user wrote: nothing in it is ignored without a word."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from audiomaepp.config import Config
+from audiomaepp.config import PRESET_SUMMARIES, PRESETS, Config
 
 
 def test_a_subclass_that_sets_a_field_without_annotation_is_refused():
@@ -29,3 +31,37 @@ def test_a_subclass_that_is_a_dataclass_has_its_defaults():
         mask_ratio: float = 0.5
 
     assert Mine().mask_ratio == 0.5 and Mine().replace(depth=2).mask_ratio == 0.5
+
+
+BAD = [
+    dict(img_size=230, patch_size=16), dict(img_size=0), dict(img_size=-384), dict(img_size="big"),
+    dict(patch_size=16, img_size=8), dict(patch_size=(4, 16, 2)), dict(embed_dim=190), dict(num_heads=5),
+    dict(num_heads=0), dict(mask_ratio=0), dict(mask_ratio=1), dict(mask_ratio=float("nan")), dict(mask_ratio=0.999),
+    dict(pooling_mode="max"), dict(block="swin"), dict(contrastive_temperature=0), dict(uniformity_weight=-1),
+    dict(f_max=9000.0), dict(epochs=0), dict(seed=-1), dict(spec_freq_mask=80), dict(use_labels="perhaps"),
+    dict(betas=0.9), dict(views=3), dict(stretch_time=-0.1), dict(shift_mel=100), dict(normalize="loud"),
+    dict(spec_filter=-1), dict(grid_shifts=0), dict(grid_shifts=5), dict(embed_dim="192"), dict(embed_dim=True),
+    # beyond any use: these would only fill the memory
+    dict(depth=10**7), dict(num_heads=10**9), dict(img_size=(10**6, 80)), dict(n_fft=2**20), dict(hop_length=10**9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", BAD, ids=str)
+def test_a_bad_value_is_refused_with_the_requirement_the_value_and_a_remedy(settings):
+    field = next(iter(settings))
+    with pytest.raises(ValueError, match=rf"^{field} (with .* )?must .*, got .*; use "):
+        Config(**settings)
+
+
+def test_an_unknown_preset_is_answered_with_a_line_for_each():
+    with pytest.raises(ValueError, match="'smal'; use 'small'") as caught:
+        Config.preset("smal")
+    assert list(PRESET_SUMMARIES) == list(PRESETS)
+    assert all(f"\n{name}: {line}" in str(caught.value) for name, line in PRESET_SUMMARIES.items())
+
+
+@pytest.mark.parametrize("module", ["config", "files", "tables"])
+def test_the_modules_behind_the_help_load_no_heavy_library(module):
+    program = f"import sys, audiomaepp.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "matplotlib"} & set(loaded)
