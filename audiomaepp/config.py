@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from .files import read_json, shown, write_atomic
-from .tables import escape
+from .tables import render
 
 # %% ../nbs/00_config.ipynb #1ba8b691
 def _bad(
@@ -455,21 +455,14 @@ def _read_config(cls: type[Config], path: str | os.PathLike) -> Config:
 # %% ../nbs/00_config.ipynb #fe6de0e4
 def _html_table(cfg: Config) -> str:
     "Return a small table for each group; changed settings are bold, with the default beside them."
-    changed, blocks = cfg.diff(), []
-    cell = "<td style='text-align:left;padding:0 .8em 0 0'>"
-    for group in _groups(Config):
-        rows = ""
-        for name in inspect.get_annotations(group):
-            value = escape(repr(getattr(cfg, name)))
-            if name in changed:
-                default = escape(repr(getattr(Config, name)))
-                value = f"<b style='color:#d9480f'>{value}</b> <small style='opacity:.65'>(default {default})</small>"
-            rows += f"<tr>{cell}{name}</td>{cell}{value}</td></tr>"
-        blocks.append(f"<div><b>{group.__doc__}</b><table style='margin:.2em 0'>{rows}</table></div>")
+    groups = {
+        group.__doc__: [dict(name=name, value=repr(getattr(cfg, name)), default=repr(getattr(Config, name)))
+                        for name in inspect.get_annotations(group)]
+        for group in _groups(Config)
+    }
     (t, f), n = cfg.grid_size, cfg.num_patches
     summary = f"{t}×{f} = {n} patches, {cfg.num_visible} visible; {cfg.clip_seconds:g} s per clip; lr {cfg.lr:.3g}"
-    style = "display:flex;flex-wrap:wrap;gap:.6em 2em;font-size:85%"
-    return f"<div style='{style}'>{''.join(blocks)}</div><small>{summary}</small>"
+    return render("config.html", groups=groups, summary=summary)
 
 # %% ../nbs/00_config.ipynb #73027438
 def _size(dim, depth, heads, decoder_dim=384):
@@ -528,7 +521,7 @@ PRESET_SUMMARIES = {  # name of a preset: what it is for, in a line
     "nano": "smallest model, for a first try on a laptop",
     **{name: f"AudioMAE++ {name} ({_WIDTH.format(**s)}) with both embedding losses" for name, s in _SIZES.items()},
     **{f"official_{name}": f"AudioMAE++ {name} as released: mask ratio 0.8, no embedding losses" for name in _SIZES},
-    "audiomae": "AudioMAE (768 wide, 12 plain blocks), with its front end and clips of 10 s",
+    "audiomae": "AudioMAE (768 wide, 12 plain blocks) with its front end and clips of 10 s",
 }
 
 
