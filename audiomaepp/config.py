@@ -78,10 +78,10 @@ class _Group:
     "Settings that are checked when they are made."
 
     def __post_init__(self):
-        for f in fields(self):
-            if f.type is bool or get_origin(f.type) is Literal:
-                _need_choice(f.name, getattr(self, f.name), get_args(f.type) or (True, False), f.default)
         for group in _groups(type(self)):
+            for name, kind in inspect.get_annotations(group).items():
+                if kind is bool or get_origin(kind) is Literal:
+                    _need_choice(name, getattr(self, name), get_args(kind) or (True, False), getattr(group, name))
             group._check(self)
 
 

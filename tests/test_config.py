@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 
@@ -31,6 +32,19 @@ def test_a_subclass_that_is_a_dataclass_has_its_defaults():
         mask_ratio: float = 0.5
 
     assert Mine().mask_ratio == 0.5 and Mine().replace(depth=2).mask_ratio == 0.5
+
+
+def test_a_subclass_with_annotations_of_its_own_is_checked_all_the_same():
+    """The command line writes help texts into annotations."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Config):
+        block: Annotated[str, "help"] = "macaron"
+        use_labels: Annotated[bool, "help"] = True
+
+    for settings in ({"block": "swin"}, {"use_labels": "perhaps"}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            Mine(**settings)
 
 
 BAD = [
