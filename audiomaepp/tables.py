@@ -38,7 +38,7 @@ def right_aligned(
     cells: list[list[str]], # rows of the table, the head first
 ) -> list[bool]: # True for each column of numbers
     "Return which columns are aligned to the right."
-    return [all(map(_NUMBER.fullmatch, column)) for column in zip(*cells[1:], strict=True)]
+    return [all(map(_NUMBER.fullmatch, column)) for _, *column in zip(*cells, strict=True)]
 
 # %% ../nbs/tables.ipynb #7ab1e007
 def text_table(
