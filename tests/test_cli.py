@@ -77,7 +77,7 @@ def test_every_setting_is_a_flag_with_its_help(capfd):
     shown = capfd.readouterr().out
     for f in fields(Config):
         assert "--" + f.name.replace("_", "-") in shown, f.name
-    for words in ("share of the patches that is hidden", "hold out this fold", "continue the run in"):
+    for words in ("share of patches that are hidden", "hold out this fold", "continue the run in"):
         assert words in " ".join(shown.replace("│", " ").split()), words
 
 
@@ -423,14 +423,14 @@ def test_the_flags_of_a_comparison():
     "flags, words",
     [
         ("--axis contrastive_wieght=0,1", ["contrastive_wieght", "did you mean contrastive_weight?"]),
-        ("--axis mask_ratio=0.5,1.5", ["mask_ratio=1.5", "0.75 hides three patches in four"]),
-        ("--axis mask_ratio=much", ["mask_ratio='much'", "0.75"]),
-        ("--axis epochs=1.5", ["epochs=1.5", "whole number"]),
-        ("--axis img_size=200x80x2", ["img_size=(200, 80, 2)", "would do"]),
+        ("--axis mask_ratio=0.5,1.5", ["mask_ratio=1.5", "use 0.75"]),
+        ("--axis mask_ratio=much", ["mask_ratio", "'much'", "0.75"]),
+        ("--axis epochs=1.5", ["epochs=1.5", "an integer"]),
+        ("--axis img_size=200x80x2", ["img_size", "(200, 80, 2)", "use 384"]),
         ("--axis betas=fast", ["betas", "(0.9, 0.95)"]),
         ("--axis betas=0.9", ["betas", "(0.9, 0.95)"]),
         ("--axis use_labels=perhaps", ["use_labels", "'perhaps'", "true or false"]),
-        ("--axis pooling_mode=max", ["pooling_mode='max'", "'mean'"]),
+        ("--axis pooling_mode=max", ["pooling_mode", "'max'", "'mean'"]),
         ("--axis mask_ratio", ["axis 'mask_ratio'", "use mask_ratio=0.75"]),
         ("--axis mask_ratio=0.5,0.50", ["mask_ratio=0.5", "twice"]),
         ("--axis mask_ratio=0.5 --axis mask-ratio=0.7", ["mask_ratio", "two axes"]),

@@ -122,8 +122,8 @@ def test_a_config_that_the_weights_do_not_bear_out_fills_no_memory(folder):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(depth=10**7), "depth=10000000"),
-        (dict(num_heads=10**9), "num_heads=1000000000"),
+        (dict(depth=10**7), "depth must be at most 1000, got 10000000"),
+        (dict(num_heads=10**9), "num_heads must be at most 65536, got 1000000000"),
         (dict(img_size=(10**6, 10**6)), "img_size"),
         (dict(n_fft=2**40), "n_fft"),
         (dict(base_lr=10**400), "base_lr"),

@@ -186,7 +186,7 @@ def test_tables_of_others_stay(model, sounds, tmp_path):
     assert "is a folder; name a file" in refused(*line)
     table.rmdir()
     (tmp_path / "x.skipped.csv").write_text("path,reason for my choice\n")
-    assert "x.skipped.csv is there" in refused(*line)
+    assert "x.skipped.csv exists" in refused(*line)
     (tmp_path / "x.skipped.csv").unlink()
     (tmp_path / "x.parquet.parts").mkdir()
     (tmp_path / "x.parquet.parts" / "notes.txt").write_text("mine")

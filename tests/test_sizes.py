@@ -1,4 +1,4 @@
-"""Every size that divides trains; every other is refused when the config is made, with one that would do."""
+"""Every size that divides trains; every other is refused when the config is made, with one to use instead."""
 
 import ast
 import re
@@ -59,7 +59,7 @@ def test_one_number_is_a_square():
 
 
 def values(message):
-    "The values that a message says would do: what stands behind its last semicolon, as Python."
+    "The values that a message says to use: what stands behind its last semicolon, as Python."
     remedy = message.rpartition(";")[2]
     found = re.findall(r"'[^']+'|\([\d., ]+\)|(?<![\w.=])-?\d+(?:\.\d+)?(?:e-?\d+)?", remedy)
     return [ast.literal_eval(text) for text in found]
@@ -70,7 +70,7 @@ def second(at):
     return lambda value: value if isinstance(value, tuple) else (at, value)
 
 
-BAD = [  # field; its bad value; the other settings; how a value that would do goes into the field
+BAD = [  # field; its bad value; the other settings; how a value to use goes into the field
     ("img_size", 230, dict(patch_size=16), None),
     ("img_size", (200, 230), dict(patch_size=(4, 16)), second(200)),
     ("img_size", (202, 80), dict(patch_size=(4, 16)), lambda v: (v, 80)),
@@ -109,13 +109,13 @@ BAD = [  # field; its bad value; the other settings; how a value that would do g
 
 
 @pytest.mark.parametrize("field, bad, others, place", BAD, ids=[f"{field}={bad}" for field, bad, _, _ in BAD])
-def test_a_bad_size_is_named_with_one_that_would_do(field, bad, others, place):
+def test_a_bad_size_is_named_with_one_to_use(field, bad, others, place):
     with pytest.raises(ValueError) as caught:
         Config.preset("nano", **{field: bad, **others})
     message = str(caught.value)
-    assert message.startswith(f"{field}="), message
+    assert message.startswith(f"{field} must "), message
     good = values(message)
-    assert good, f"no value that would do: {message}"
+    assert good, f"no value to use: {message}"
     others = {name: value for name, value in others.items() if name != field}
     for value in good:
         cfg = Config.preset("nano", **{**others, field: place(value) if place else value})  # what it says is true
