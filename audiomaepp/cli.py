@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_
 import tyro
 
 from . import __version__
-from .config import PRESETS, Config
+from .config import PRESET_SUMMARIES, PRESETS, Config
 from .config import _known as known_settings
 from .files import OutputError, check_table, make_folder, printable, write_atomic
 from .source import Source, skipped_lines
@@ -606,6 +606,11 @@ def parse(
     "Return the command that the words ask for; exit after --help or a mistake."
     found = re.search(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(argv))
     preset = found[1] if found else "nano"
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}; {hint}"
+                         "--preset without a name describes them")
     start = dict(config=Config.preset(preset), preset=preset)
     short = {"-h", "--help"} & set(argv) and "--help-all" not in argv
     kinds = []
@@ -642,7 +647,7 @@ def answer(argv: list[str]) -> str | None: # None if the words ask for a command
     at = argv.index("--preset") + 1 if "--preset" in argv else None
     if at is not None and (at == len(argv) or argv[at].startswith("-")):
         width = max(map(len, PRESETS))
-        return "\n".join(f"{name:{width}}  {line}" for name, line in {name: '' for name in PRESETS}.items())
+        return "\n".join(f"{name:{width}}  {line}" for name, line in PRESET_SUMMARIES.items())
     word = next(iter(argv), "--help")
     if not word.startswith("-") and word not in _COMMANDS:
         near = difflib.get_close_matches(word, _COMMANDS, 1)

@@ -1,5 +1,6 @@
 """Text from files is text: in no page, card or repr does a label, a path or a column become markup."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -16,14 +17,16 @@ import pytest
 import yaml
 
 import audiomaepp
-from audiomaepp import lab
+from audiomaepp import Run, lab
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, Skipped
 from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.evaluate import Report
 from audiomaepp.maps import save_html_map
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.run import Figures
 from audiomaepp.search import Hits
+from audiomaepp.source import Source
 from audiomaepp.train import History
 
 PLAIN = "plain"
@@ -130,6 +133,16 @@ def shift(text, folder):
     return comparison_of(text).shift(text, "other")._repr_html_()
 
 
+def a_run(text, folder):
+    "Sounds, protocol and rows whose names come from files."
+    cfg = Config.preset("nano", depth=1, embed_dim=32, decoder_embed_dim=32)
+    cfg.save(folder / "config.json")
+    AudioMAEPlusPlus(cfg).write(folder)
+    (folder / "data.json").write_text(json.dumps(dataclasses.asdict(Source(data=text))))
+    Report(text).add(text, {"knn": 0.5, "n_test": 9}).to_json(folder / "results.json")
+    return Run(folder)._repr_html_()
+
+
 def lab_report(text, folder):
     return comparison_of(text).to_html(folder / "report.html", title=text, repeat=text).read_text("utf-8")
 
@@ -154,7 +167,7 @@ def card_of(text, folder):
     return (folder / "README.md").read_text("utf-8")
 
 
-PAGES = [config, history, report, recordings, skipped, hits, comparison, shift, lab_report, html_map, model_card]
+PAGES = [config, history, report, recordings, skipped, hits, comparison, shift, a_run, lab_report, html_map, model_card]
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +202,8 @@ def test_every_class_that_shows_itself_as_html_is_tried():
                if m.name != "__main__"]  # fmt: skip
     classes = {cls for module in modules for name, cls in inspect.getmembers(module, inspect.isclass)
                if cls.__module__ == module.__name__ and name[0] != "_" and hasattr(cls, "_repr_html_")}  # fmt: skip
-    tried = {Config, History, Report, Recordings, Skipped, Hits, lab.Comparison, lab.Shift}
-    assert classes - {AudioMAEEmbedder} == tried  # scikit-learn shows that one
+    tried = {Config, History, Report, Recordings, Skipped, Hits, Run, lab.Comparison, lab.Shift}
+    assert classes - {AudioMAEEmbedder, Figures} == tried  # scikit-learn shows the first; the other is pictures alone
 
 
 def test_one_function_escapes_for_all_modules():
