@@ -1,8 +1,11 @@
 """`import audiomaepp` is cheap, and every public name is there when asked for."""
 
 import ast
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,36 @@ def test_editors_see_the_names_that_are_loaded_lazily():
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == {name: f"audiomaepp.{module}" for name, module in audiomaepp._WHERE.items()}
+
+
+def imported_packages():
+    "Return {package: modules of ours that import it}, at the top of a file or inside a function."
+    found = {}
+    for path in Path(audiomaepp.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                found.setdefault(name.partition(".")[0], set()).add(path.name)
+    return found
+
+
+def test_every_import_is_a_declared_requirement():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
+    keys = [key for key in ini["DEFAULT"] if key.endswith("requirements") and key != "dev_requirements"]
+    lines = [line for key in keys for line in ini["DEFAULT"][key].splitlines() if line]
+    declared = {normalized(re.match(r"[\w.-]+", line)[0]) for line in lines}
+    ours = {"audiomaepp", "IPython"}  # Jupyter brings IPython, and nothing else needs it
+    distributions = packages_distributions()
+    missing = {
+        package: sorted(modules)
+        for package, modules in imported_packages().items()
+        if package not in sys.stdlib_module_names | ours
+        and not declared & {normalized(name) for name in distributions.get(package, [package])}
+    }
+    assert not missing, "add these to the requirements in settings.ini"
+
+
+def normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
