@@ -72,18 +72,18 @@ def test_every_map_says_which_clips_it_shows(tmp_path):
     xy = np.random.default_rng(0).normal(size=(20, 2))
     with pytest.raises(TypeError, match="held_out"):
         plot_map(xy)
-    with pytest.raises(ValueError, match="say which clips these are"):
+    with pytest.raises(ValueError, match="held_out must name the clips"):
         save_html_map(xy, {}, tmp_path / "map.html", held_out=" ")
     assert not list(tmp_path.iterdir())
     assert "held-out clips: fold 5" in plot_map(xy, held_out="fold 5")._suptitle.get_text()
-    assert "training SAW" in plot_confusion(np.eye(2), ["a", "b"], held_out=None)._suptitle.get_text()
+    assert "TRAINING clips" in plot_confusion(np.eye(2), ["a", "b"], held_out=None)._suptitle.get_text()
 
 
 @pytest.mark.parametrize(
     "labels",
     [None, [0] * 20, [-1] * 20, ["a", "b"] * 10, [None, "b"] * 10, np.arange(20) / 7, [np.nan, 1.0] * 10,
      [True, False] * 10, torch.arange(20), np.arange(20) * 3],
-    ids=["none", "one", "unlabelled", "words", "gaps", "scale", "whole floats", "truth", "tensor", "uneven"],
+    ids=["none", "one", "unlabeled", "words", "gaps", "scale", "whole floats", "truth", "tensor", "uneven"],
 )
 def test_any_labels_can_be_drawn(labels, tmp_path):
     xy = np.random.default_rng(0).normal(size=(20, 2))
@@ -93,11 +93,11 @@ def test_any_labels_can_be_drawn(labels, tmp_path):
         save_html_map(xy, {"label": labels}, tmp_path / "map.html", held_out="x", plotlyjs="cdn")
 
 
-def test_legend_names_each_class_once_and_unlabelled_last():
+def test_legend_names_each_class_once_and_unlabeled_last():
     xy = np.random.default_rng(0).normal(size=(6, 2))
     fig = plot_maps([("a", xy), ("b", xy)], [0, 1, 2, 0, 1, -1], held_out="x", names=["dog", "rain", "sea"])
     (legend,) = fig.legends
-    assert [t.get_text() for t in legend.get_texts()] == ["dog", "rain", "sea", "unlabelled"]
+    assert [t.get_text() for t in legend.get_texts()] == ["dog", "rain", "sea", "unlabeled"]
     assert len({tuple(ax.collections[1].get_facecolor()[0]) for ax in fig.axes}) == 1 # one color everywhere
 
 
@@ -110,17 +110,17 @@ def test_embeddings_that_umap_cannot_place_are_still_drawn():
 def test_bad_arguments_are_named(tmp_path):
     xy = np.zeros((4, 2))
     cases = [
-        (lambda: plot_maps([], held_out="x"), "no panels"),
-        (lambda: plot_map(np.zeros((0, 2)), held_out="x"), r"shape \(0, 2\)"),
+        (lambda: plot_maps([], held_out="x"), "at least one map, got none"),
+        (lambda: plot_map(np.zeros((0, 2)), held_out="x"), r"positions must have shape .*got \(0, 2\)"),
         (lambda: plot_map(np.full((4, 2), np.nan), held_out="x"), "NaN or infinity in 4 of 4 rows"),
-        (lambda: plot_map(xy, [1, 2], held_out="x"), r"labels have shape \(2,\)"),
-        (lambda: plot_masks(np.zeros(7), (2, 4)), "7 patches, a grid of 2 x 4 has 8"),
-        (lambda: plot_spectrogram(np.zeros((2, 3, 4, 5))), r"spec has shape \(2, 3, 4, 5\)"),
-        (lambda: plot_reconstruction(np.ones((8, 8)), np.ones(4), np.ones((4, 9)), (4, 4)), r"and \(4, 16\) fit"),
-        (lambda: plot_history([]), "no curve to draw over 'step'; rows hold nothing"),
-        (lambda: plot_confusion(np.eye(3), ["a"], held_out="x"), r"shape \(3, 3\) for 1 names"),
-        (lambda: save_html_map(xy, {"name": ["a"]}, tmp_path / "m.html", held_out="x"), "'name' has 1 values"),
-        (lambda: save_html_map(xy, {}, tmp_path / "m.html", held_out="x", color="fold"), "no column 'fold'"),
+        (lambda: plot_map(xy, [1, 2], held_out="x"), r"each of the 4 points, got shape \(2,\)"),
+        (lambda: plot_masks(np.zeros(7), (2, 4)), "must have 8 patches, got 7; use masks of a 2 x 4 grid"),
+        (lambda: plot_spectrogram(np.zeros((2, 3, 4, 5))), r"spec must have shape .*got \(2, 3, 4, 5\)"),
+        (lambda: plot_reconstruction(np.ones((8, 8)), np.ones(4), np.ones((4, 9)), (4, 4)), r"and \(4, 16\), got \(4,\) and \(4, 9\)"),
+        (lambda: plot_history([]), "rows must have numbers in 'step' .*got the columns none"),
+        (lambda: plot_confusion(np.eye(3), ["a"], held_out="x"), r"shape \(1, 1\) for 1 names, got \(3, 3\)"),
+        (lambda: save_html_map(xy, {"name": ["a"]}, tmp_path / "m.html", held_out="x"), "'name' must have .* 4 points, got 1"),
+        (lambda: save_html_map(xy, {}, tmp_path / "m.html", held_out="x", color="fold"), "color must be .* got 'fold'"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -199,7 +199,7 @@ def test_a_class_has_one_color_on_the_map_and_on_the_page(tmp_path):
     page = path.read_text(encoding="utf-8")
     traces, _ = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))
     assert {t["name"]: t["marker"]["color"] for t in traces if t["x"]} == drawn
-    assert [t["name"] for t in traces if t["x"]] == ["unlabelled", "2", "10", "11"]
+    assert [t["name"] for t in traces if t["x"]] == ["unlabeled", "2", "10", "11"]
     with pytest.raises(ValueError, match="'12'"):
         save_html_map(xy, {"label": ["12"] * 5}, tmp_path / "m.html", held_out="x", names=classes)
 
@@ -365,9 +365,9 @@ def test_histories_take_the_columns_that_are_asked_for():
     asked = plot_histories(runs, ["loss", "knn"], axis="epoch")
     assert titles(asked) == ["total loss", "kNN-10 accuracy\n(held-out clips)"]
     for call, message in [
-        (lambda: plot_histories(runs, ["kNN"]), "no run has a column kNN; there are lr, reconstruction"),
-        (lambda: plot_histories({}), "no curve to draw over 'step'"),
-        (lambda: plot_histories({"a": []}), "no curve to draw over 'step'"),
+        (lambda: plot_histories(runs, ["kNN"]), "among lr, reconstruction, .*, got kNN"),
+        (lambda: plot_histories({}), "runs must have numbers in 'step'"),
+        (lambda: plot_histories({"a": []}), "runs must have numbers in 'step'"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -382,7 +382,7 @@ def test_seeds_of_different_length_are_averaged_where_all_have_values():
 def test_alignment_refuses_what_cannot_be_aligned():
     x = clouds(1)
     for embeddings, message in [
-        ({}, "their rows are none"),
+        ({}, "same clips as rows, got no embeddings"),
         ({"a": x, "b": x[1:]}, "'a': 120, 'b': 119"),
         ({"a": x, "b": np.full((120, 2), np.nan)}, "embedding 'b': .*NaN or infinity in 120 of 120 rows"),
         ({"a": x[:, 0]}, r"embedding 'a': .*shape \(120,\)"),
