@@ -34,6 +34,18 @@ from .tables import escape, render
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# %% ../nbs/31_maps.ipynb #3b1d0019
+def _pca_2d(
+    x: np.ndarray, # (n, D)
+) -> np.ndarray:
+    "Return (n, 2) float32 principal components; a missing second one is 0."
+    if not np.ptp(x, axis=0).any(): # one point, or all are equal
+        return np.zeros((len(x), 2), np.float32)
+    from sklearn.decomposition import PCA
+
+    xy = PCA(min(2, *x.shape), svd_solver="full").fit_transform(x)
+    return np.pad(xy, ((0, 0), (0, 2 - xy.shape[1]))).astype(np.float32)
+
 # %% ../nbs/31_maps.ipynb #5ce5eedf
 def umap_2d(
     x, # (n, D) embeddings
@@ -54,18 +66,6 @@ def umap_2d(
         near = min(n_neighbors, len(x) - 1)
         layout = UMAP(n_neighbors=near, min_dist=min_dist, metric="cosine", random_state=seed, n_jobs=1)
         return layout.fit_transform(x).astype(np.float32)
-
-
-def _pca_2d(
-    x: np.ndarray, # (n, D)
-) -> np.ndarray:
-    "Return (n, 2) float32 principal components; a missing second one is 0."
-    if not np.ptp(x, axis=0).any(): # one point, or all are equal
-        return np.zeros((len(x), 2), np.float32)
-    from sklearn.decomposition import PCA
-
-    xy = PCA(min(2, *x.shape), svd_solver="full").fit_transform(x)
-    return np.pad(xy, ((0, 0), (0, 2 - xy.shape[1]))).astype(np.float32)
 
 # %% ../nbs/31_maps.ipynb #262c964a
 def trustworthiness(
@@ -96,7 +96,7 @@ def _procrustes(
     rotation, _ = orthogonal_procrustes(centered, onto - middle)
     return (centered @ rotation + middle).astype(np.float32)
 
-
+# %% ../nbs/31_maps.ipynb #3b1d001c
 def _displacement(
     before: np.ndarray, # (n, 2)
     after: np.ndarray, # (n, 2)
@@ -135,7 +135,7 @@ def _attraction(
     near = (apart**2).sum(1, keepdim=True).clamp_min(1e-12)
     return torch.zeros_like(xy).index_add_(0, i, weight * a * near ** (b - 1) / (1 + a * near**b) * apart)
 
-
+# %% ../nbs/31_maps.ipynb #3b1d001d
 def _repulsion(
     xy: torch.Tensor, # (n, 2) positions
     degree: torch.Tensor, # (n, 1) sum of the weights of each clip
@@ -329,7 +329,7 @@ def _classes(
     codes[~missing] = [code[v] for v in kept.tolist()]
     return codes, [str(name) for name in names]
 
-
+# %% ../nbs/31_maps.ipynb #3b1d0024
 def _is_scale(
     values: np.ndarray, # (n,)
 ) -> bool:
@@ -387,7 +387,7 @@ def _positions(
         raise ValueError(f"positions must be finite, got NaN or infinity in {bad} of {len(xy)} rows; remove these rows")
     return xy if xy.shape[1] == 2 else umap_2d(xy)
 
-
+# %% ../nbs/31_maps.ipynb #3b1d0020
 def _panels(
     panels, # panels as `plot_maps` takes them
     numbers: Mapping[str, Mapping[str, float]], # more scores by the title of their panel
@@ -420,7 +420,7 @@ def _frame(
     middle, half = (points.max(0) + points.min(0)) / 2, 0.54 * max(np.ptp(points, axis=0).max(), 1e-6)
     return tuple((float(m - half), float(m + half)) for m in middle)
 
-
+# %% ../nbs/31_maps.ipynb #3b1d0022
 def _annotate(
     fig: "Figure", # figure; its size grows
     axes, # axes of the panels

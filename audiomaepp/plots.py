@@ -125,7 +125,7 @@ def _spectrogram(
         raise ValueError(f"spec must have shape (time, mel) or (1, time, mel), got {shape}; use one clip at a time")
     return spec
 
-
+# %% ../nbs/30_plots.ipynb #7a1c0f22
 def _limits(
     spec: np.ndarray, # (T, M)
 ) -> tuple[float, float]:
@@ -133,7 +133,7 @@ def _limits(
     finite = spec[np.isfinite(spec)]
     return tuple(np.percentile(finite, (0.5, 99.5))) if finite.size else (0.0, 1.0)
 
-
+# %% ../nbs/30_plots.ipynb #5372f848
 def _draw_spectrogram(
     ax, # matplotlib axes
     spec: np.ndarray, # (T, M)
@@ -147,7 +147,7 @@ def _draw_spectrogram(
         interpolation="nearest",
     )
 
-# %% ../nbs/30_plots.ipynb #5372f848
+
 def plot_spectrogram(
     spec, # (T, M) or (1, T, M) log-mel spectrogram
     title: str = "", # title of the figure
@@ -282,7 +282,7 @@ def _columns(
     "Return the names of the columns, in the order of their first appearance."
     return [n for n in dict.fromkeys(n for r in rows for n in r) if n not in (*_AXES, *skip)]
 
-
+# %% ../nbs/30_plots.ipynb #7a1c0f24
 def _is_score(
     name: str, # name of a column
 ) -> bool:
@@ -332,7 +332,7 @@ def _smooth(
     "Return the running mean of a curve of more than 200 points; a shorter one unchanged."
     return curve if len(curve) <= 200 else curve.rolling(len(curve) // 40, center=True).mean().dropna()
 
-
+# %% ../nbs/30_plots.ipynb #7a1c0f26
 def _mean_curve(
     curves: "Sequence[pd.Series]", # values by time, one curve per seed
 ) -> "pd.Series":
@@ -341,7 +341,7 @@ def _mean_curve(
 
     return pd.concat([curve.groupby(level=0).last() for curve in curves], axis=1, join="inner").mean(axis=1)
 
-
+# %% ../nbs/30_plots.ipynb #7a1c0f28
 def _wants_log(
     name: str, # name of the column
     values: np.ndarray, # (n,)
@@ -392,7 +392,7 @@ def _panel_rows(
     losses.sort(key=lambda n: (n != "loss") + (n in ("lr", "grad_norm")))
     return [group[i:i + columns] for group in (losses, scores) for i in range(0, len(group), columns)]
 
-
+# %% ../nbs/30_plots.ipynb #7a1c0f29
 def _curve_grid(
     curves: Mapping[str, Sequence], # {column: groups of `_draw_curves`, with None for the default color}
     clips: str, # clips of the scores
