@@ -1,4 +1,4 @@
-"""What does not read as a story about `audiomaepp.plots`: what it imports, leaves behind, and refuses."""
+"""Plots and maps: imports, memory, messages, text from files, and what aligned maps promise."""
 
 import json
 import subprocess
@@ -36,8 +36,9 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_importing_is_cheap():
-    assert python(f"import sys, audiomaepp.plots; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+@pytest.mark.parametrize("module", ["plots", "maps"])
+def test_importing_is_cheap(module):
+    assert python(f"import sys, audiomaepp.{module}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
 def test_a_figure_shows_in_a_notebook_once_with_and_without_pyplot():
