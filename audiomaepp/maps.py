@@ -283,7 +283,7 @@ def aligned_umap(
     n_neighbors: int = 15, # size of a neighborhood: small for local detail, large for the overall arrangement
     standardized: bool = True, # whether every dimension is centered and scaled first
 ) -> AlignedMaps:
-    "Return a map of each embedding by UMAP's forces from one start: clips move only if their embedding changes."
+    "Return a map of each embedding by UMAP's forces from one start: equal embeddings get equal maps."
     scaled = {name: _standardized(name, x) for name, x in embeddings.items()}
     sizes = {name: len(x) for name, x in scaled.items()}
     if len(set(sizes.values())) != 1:
