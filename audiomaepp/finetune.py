@@ -98,7 +98,7 @@ class Classifier(nn.Module):
         self,
         spec: Tensor, # (B, C, time, mel)
         labels: Tensor | None = None, # (B,) classes; negative = unlabelled, left out
-        other=None, # not looked at
+        view2=None, # not looked at
     ) -> AudioMAEOutput: # `pred` holds the logits (B, classes)
         "Logits, and with labels the cross-entropy; mixed in training if mixup is on."
         share, order = 1.0, torch.arange(len(spec), device=spec.device)

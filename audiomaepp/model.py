@@ -367,15 +367,15 @@ class _EmbeddingLosses:
         patches: Tensor, # (B, N, patch_dim), of which the second view is taken
         mask: Tensor, # (B, N) of the first view
         noise: Tensor | None, # (B, N) what that mask was made from; None if it was given
-        other: Tensor | None, # (B, N, patch_dim) patches of another augmented version
+        view2: Tensor | None, # (B, N, patch_dim) patches of another augmented version
     ) -> dict[str, Tensor]:
         "The contrastive and the uniformity loss, as far as they are on."
         cfg, losses = self.cfg, {}
         labels = gather_with_grad(labels) if labels is not None and cfg.use_labels else None
         rows = gather_with_grad(embeddings)
         n = len(rows)
-        if cfg.use_contrastive_loss and (labels is None or other is not None):
-            second = self._second_view(patches if other is None else other, mask, noise)
+        if cfg.use_contrastive_loss and (labels is None or view2 is not None):
+            second = self._second_view(patches if view2 is None else view2, mask, noise)
             rows, labels = torch.cat([rows, gather_with_grad(second)]), _same_clip(labels)
         if cfg.embedding_norm == "batch":
             rows = standardize_batch(rows)
@@ -540,7 +540,7 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         spec: Tensor, # (B, C, time, mel) spectrogram, standardized
         labels: Tensor | None = None, # (B,) classes for the contrastive loss; negative = unlabelled
         mask: Tensor | None = None, # (B, N) or (N,), 1 = masked; drawn at random when left out
-        other: Tensor | None = None, # (B, C, time, mel) another augmented version of the clips, to contrast with
+        view2: Tensor | None = None, # (B, C, time, mel) another augmented version of the clips, to contrast with
     ) -> AudioMAEOutput:
         "Hide patches, predict them, and return every loss that is on."
         cfg, patches = self.cfg, self.patchify(spec)
@@ -556,8 +556,8 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
         loss = losses["reconstruction"]
         embeddings = extract_embeddings(latent, cfg.pooling_mode)
         if cfg.use_contrastive_loss or cfg.use_uniformity_loss:
-            other = self.patchify(other) if other is not None else None
-            losses |= self._embedding_losses(embeddings, labels, patches, mask, noise, other)
+            view2 = self.patchify(view2) if view2 is not None else None
+            losses |= self._embedding_losses(embeddings, labels, patches, mask, noise, view2)
             loss = loss + sum(getattr(cfg, f"{k}_weight") * v for k, v in losses.items() if k != "reconstruction")
         return AudioMAEOutput(loss, losses, pred, mask, latent, embeddings)
 

@@ -315,10 +315,10 @@ class _Steps:
         outs = []
         for i, batch in enumerate(batches):
             spec, labels, last = self._spec(batch), self._labels(batch), i == len(batches) - 1
-            other = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
+            view2 = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    out = self.model(spec, labels, other=other)
+                    out = self.model(spec, labels, view2=view2)
                 self.accelerator.backward(out.loss / len(batches))
             outs.append((out, len(spec)))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)

@@ -48,7 +48,7 @@ def batches(size, labels=True):
 class MaskedByContent(AudioMAEPlusPlus):
     "Hides patches by what is in them, so that a clip has one mask in whatever process it lands."
 
-    def forward(self, spec, labels=None, mask=None, other=None):
+    def forward(self, spec, labels=None, mask=None, view2=None):
         _, mask = split_by_noise(self.patchify(spec).sum(-1), self.cfg.num_visible)
         return super().forward(spec, labels, mask)
 
