@@ -5,17 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'rope_angles', 'rotate', 'mask_noise', 'split_by_noise',
            'ids_of_mask', 'SwiGLU', 'mlp', 'Attention', 'attend', 'MacaronBlock', 'PlainBlock', 'AudioMAEOutput',
-           'Encoder', 'take', 'Decoder', 'cpu_state', 'need_finite', 'AudioMAEPlusPlus', 'weight_shapes',
-           'check_shapes', 'read_tensors', 'check_finite', 'checked_progress', 'checked_tensors']
+           'Encoder', 'take', 'Decoder', 'AudioMAEPlusPlus']
 
 # %% ../nbs/02_model.ipynb #3b4b2d39
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
@@ -23,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor, nn
 
 from .config import Config
-from .files import check_fields, damaged, make_folder, naming, parse_json, read_header, shown, write_atomic
+from .files import read_header
 from audiomaepp.losses import (
     cosine_uniformity_loss,
     gather_with_grad,
@@ -34,6 +31,7 @@ from audiomaepp.losses import (
 )
 from .pooling import extract_embeddings
 from .tables import render
+from .weights import check_shapes, read_tensors, sizes, weight_shapes, write_weights
 
 # %% ../nbs/02_model.ipynb #d1ae33db
 def patchify(
@@ -413,9 +411,7 @@ class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "mask
         folder: str | os.PathLike, # made if it isn't there
     ):
         "Write weights and config, each in one move; `save_pretrained` adds a model card, `push_to_hub` uploads all."
-        path, weights = make_folder(folder) / "model.safetensors", cpu_state(self)
-        need_finite(weights, path)
-        write_atomic(path, safetensors.torch.save(weights))
+        write_weights(self, Path(folder) / "model.safetensors")
         self.cfg.save(Path(folder) / "config.json")
 
     def _save_pretrained(self, save_directory: Path):
@@ -447,7 +443,7 @@ class _Pretrained(ModelHubMixin, library_name="audiomaepp", tags=["audio", "mask
     def _from_pretrained(cls, *, model_id: str | Path, **options) -> "AudioMAEPlusPlus":
         config, weights = (_found(model_id, name, options) for name in _FILES)
         cfg = Config.load(config)
-        check_shapes(read_header(weights).shapes, weight_shapes(cfg, cls), weights, f"{config} ({_sizes(cfg)})")
+        check_shapes(read_header(weights).shapes, weight_shapes(cfg, cls), weights, f"{config} ({sizes(cfg)})")
         model = cls(cfg)
         model.load_state_dict(read_tensors(weights))
         return model.eval()
@@ -466,27 +462,6 @@ def _found(model_id: str | Path, name: str, options: dict) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a folder that save_pretrained or a run wrote would do")
     return path
-
-
-def cpu_state(module: nn.Module) -> dict[str, Tensor]:
-    "A module's state dict, ready for safetensors."
-    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    "The names of the tensors that hold NaN or infinity."
-    return [name for name, value in tensors.items() if value.is_floating_point() and not value.float().isfinite().all()]
-
-
-def need_finite(
-    tensors: Mapping[str, Tensor], # by name
-    path: str | os.PathLike, # file that they are to be written to
-):
-    "Raise `FloatingPointError` where a tensor holds NaN or infinity."
-    if bad := _not_finite(tensors):
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise FloatingPointError(f"{path} is not written: {bad[0]}{more} must be finite, got NaN or infinity; what was "
-                                 "saved before is unchanged, and a lower base_lr or precision='fp32' may help")
 
 # %% ../nbs/02_model.ipynb #70db5001
 def _card_text(model: nn.Module, data: str, scores: dict[str, dict[str, float]]) -> str:
@@ -602,107 +577,3 @@ class AudioMAEPlusPlus(_EmbeddingLosses, _Pretrained, nn.Module):
             latent = self.encoder(patches, ids, sounds)
             rows.append(extract_embeddings(latent, pooling_mode or cfg.pooling_mode, grid, sounds))
         return torch.stack(rows).mean(dim=0) if len(rows) > 1 else rows[0]
-
-# %% ../nbs/02_model.ipynb #7e1ad002
-def weight_shapes(
-    cfg: Config, # sizes
-    kind: type[nn.Module] | None = None, # the model's class; `AudioMAEPlusPlus` when left out
-) -> dict[str, tuple[int, ...]]: # by the weights' names
-    "The shape of every weight of a model that is not made."
-    with torch.device("meta"):
-        one = (kind or AudioMAEPlusPlus)(cfg.replace(depth=1, decoder_depth=1)).state_dict()
-    shapes, depths = {}, {"encoder": cfg.depth, "decoder": cfg.decoder_depth}
-    for name, value in one.items():
-        stack, block, rest = name.partition(".blocks.0.")
-        names = [f"{stack}.blocks.{i}.{rest}" for i in range(depths.get(stack, 1))] if block else [name]
-        shapes |= dict.fromkeys(names, tuple(value.shape))
-    return shapes
-
-
-def _sizes(cfg: Config) -> str:
-    "The settings that decide the shapes of the weights."
-    names = ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth", "patch_size", "mlp_ratio", "block")
-    return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
-
-
-def check_shapes(
-    found: Mapping[str, tuple[int, ...]], # what a file holds
-    wanted: Mapping[str, tuple[int, ...]], # what a model has
-    path: str | os.PathLike, # of the file
-    model: str, # what says how large the model is
-):
-    "Raise `ValueError` unless a file holds all weights of a model, of their shapes, and no others."
-    wrong = [f"{shown(name)} of shape {shown(found[name])}, not {shape}" for name, shape in wanted.items()
-             if name in found and tuple(found[name]) != shape]
-    wrong += [f"no {name}" for name in wanted if name not in found]
-    wrong += [f"{shown(name)}, which the model does not have" for name in found if name not in wanted]
-    if wrong:
-        more = f" and {len(wrong) - 1} more differences" * (len(wrong) > 1)
-        raise ValueError(f"{path} must hold the weights of {model}, got {wrong[0]}{more}; use files that were saved "
-                         "together")
-
-
-def read_tensors(
-    path: str | os.PathLike, # a .safetensors file
-) -> dict[str, Tensor]: # on the CPU
-    "The tensors of a file; raises `ValueError` that names the file, and the first tensor that holds NaN or infinity."
-    read_header(path)
-    with naming(path, "a safetensors file"):
-        tensors = safetensors.torch.load_file(path)
-    check_finite(tensors, path)
-    return tensors
-
-
-def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike):
-    "Raise `ValueError` that names the file and the first tensor that holds NaN or infinity."
-    if bad := _not_finite(tensors):
-        raise damaged(path, "a file of finite numbers", f"NaN or infinity in {shown(bad[0])}")
-
-# %% ../nbs/02_model.ipynb #7e1ad005
-_PROGRESS = dict(config=dict, epoch=int, batch=int, step=int, best=float | None, rows=list[dict])
-
-
-def checked_progress(
-    path: str | os.PathLike, # a checkpoint
-) -> dict: # config, epoch, batch, step, best, rows
-    "What a checkpoint says of its run; raises `ValueError` that names the file if that is damaged."
-    header, name = read_header(path), f"the progress in {path}"
-    if "progress" not in header.notes:
-        raise damaged(path, "a checkpoint", "a safetensors file without a run's progress")
-    progress = parse_json(header.notes["progress"], name)
-    check_fields(progress, _PROGRESS, name)
-    if bad := [key for key in ("epoch", "batch", "step") if progress[key] < 0]:
-        raise damaged(name, f"an object with {bad[0]} of at least 0", f"{bad[0]}={progress[bad[0]]}")
-    try:
-        cfg = Config.from_dict(progress["config"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    shapes = _model_part(header.shapes)
-    if "encoder.cls_token" in shapes:  # a classifier has other names
-        check_shapes(shapes, weight_shapes(cfg), path, f"its own config ({_sizes(cfg)})")
-    return progress
-
-
-def checked_tensors(
-    path: str | os.PathLike, # a checkpoint
-    model: nn.Module, # whose weights it must hold
-) -> dict[str, Tensor]: # on the CPU
-    "The tensors of a checkpoint; raises `ValueError` that names the file where one does not fit the model."
-    found = read_header(path).shapes
-    check_shapes(_model_part(found), {k: tuple(v.shape) for k, v in model.state_dict().items()}, path,
-                 f"a {type(model).__name__} like the one to resume")
-    shapes = {f"{key}.{name}": () if key == "step" else tuple(p.shape) for name, p in model.named_parameters()
-              for key in ("step", "exp_avg", "exp_avg_sq")}
-    wrong = [name for name, shape in shapes.items() if found.get(name, shape) != shape]
-    if wrong or "rng.cpu" not in found:
-        problem = f"{wrong[0]} of shape {found[wrong[0]]}" if wrong else "no rng.cpu"
-        raise damaged(path, "a checkpoint of this model", problem)
-    tensors = read_tensors(path)
-    with naming(path, "a checkpoint with a state of the random numbers"):
-        torch.Generator().set_state(tensors["rng.cpu"])
-    return tensors
-
-
-def _model_part(tensors: Mapping) -> dict:
-    "The model's own tensors of a checkpoint, under their names in the model."
-    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}

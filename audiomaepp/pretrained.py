@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .config import PRESETS, Config
 from .files import check_archive, damaged, naming
-from .model import AudioMAEPlusPlus, check_finite, read_tensors, weight_shapes
+from .model import AudioMAEPlusPlus
+from .weights import check_finite, read_tensors, weight_shapes
 
 # %% ../nbs/50_pretrained.ipynb #30aa0007
 class _Note:

@@ -31,11 +31,12 @@ from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.finetune import Classifier
 from audiomaepp.lab import Comparison, Result, design
-from audiomaepp.model import AudioMAEPlusPlus, cpu_state
+from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official, read_weights
 from audiomaepp.search import SoundIndex
 from audiomaepp.source import Source, open_again
 from audiomaepp.train import History, Trainer, load_checkpoint, read_progress
+from audiomaepp.weights import cpu_state
 
 SMALL = dict(
     img_size=(16, 16), patch_size=(8, 8), embed_dim=8, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
