@@ -192,12 +192,12 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
         asked.append((repo_id, filename, options))
         return str(tmp_path / "there" / filename)
 
-    monkeypatch.setattr("audiomaepp.model.hf_hub_download", download)
+    monkeypatch.setattr("audiomaepp.pretrained.hf_hub_download", download)
     again = AudioMAEPlusPlus.from_pretrained("someone/sounds", revision="v2")
     spec = torch.randn(2, 1, 200, 80)
     with torch.no_grad():
         assert torch.equal(again.get_embedding(spec), model.get_embedding(spec))
     assert asked == [("someone/sounds", name, {"revision": "v2"}) for name in ("config.json", "model.safetensors")]
     monkeypatch.undo()
-    with pytest.raises(FileNotFoundError, match="someone/sounds is no folder here, and as a repository of the Hub"):
+    with pytest.raises(FileNotFoundError, match="someone/sounds must be a folder or a Hub repo.*, and from the Hub"):
         AudioMAEPlusPlus.from_pretrained("someone/sounds", local_files_only=True, cache_dir=tmp_path / "cache")
