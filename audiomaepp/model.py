@@ -499,7 +499,7 @@ def embed_shifted(
         ids = (~padding).any(dim=0).nonzero()[:, 0].expand(len(spec), -1)  # (B, n)
         padding, grid = padding.gather(1, ids), (ids.shape[1] // grid[1], grid[1])
     latent = model.encoder(patches, ids, padding)  # (B, 1 + n, D)
-    return extract_embeddings(latent, mode, grid, sounds=None if padding is None else ~padding)
+    return extract_embeddings(latent, mode, grid, key_padding_mask=padding)
 
 # %% ../nbs/02_model.ipynb #5f92189e
 class AudioMAEPlusPlus(MaskedAutoencoder):
