@@ -201,3 +201,40 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="someone/sounds must be a folder or a Hub repo.*, and from the Hub"):
         AudioMAEPlusPlus.from_pretrained("someone/sounds", local_files_only=True, cache_dir=tmp_path / "cache")
+
+
+def test_an_upload_is_what_save_pretrained_writes(monkeypatch):
+    """A repository without its config or card, or in another owner's name, is found out by whoever downloads it."""
+    model, calls = AudioMAEPlusPlus(Config.preset("nano", depth=1)).eval(), []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+            return types.SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+        def upload_folder(self, folder_path, **options):
+            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            calls.append((files, options))
+            return "https://hub/commit"
+
+    monkeypatch.setattr("audiomaepp.pretrained.HfApi", Api)
+    url = model.push_to_hub("sounds", token="t", private=True, branch="v2", create_pr=True,
+                            model_card_kwargs=dict(data="Eight clips."))  # fmt: skip
+    token, repo, (files, options) = calls
+    assert (url, token, repo) == ("https://hub/commit", "t", ("sounds", True, True))
+    assert files.keys() == {"README.md", "config.json", "model.safetensors"} and b"Eight clips." in files["README.md"]
+    assert (options["repo_id"], options["revision"], options["create_pr"]) == ("someone/sounds", "v2", True)
+
+
+def test_saving_may_upload(tmp_path, monkeypatch):
+    """The repository takes the name of the folder unless another is given, as the Hub's own library does it."""
+    model, calls = AudioMAEPlusPlus(Config.preset("nano", depth=1)), []
+    monkeypatch.setattr(AudioMAEPlusPlus, "push_to_hub", lambda self, *args, **options: calls.append((args, options)))
+    model.save_pretrained(tmp_path / "a", push_to_hub=True, private=True)
+    model.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id="someone/sounds")
+    model.save_pretrained(tmp_path / "c")
+    assert calls == [(("a",), dict(model_card_kwargs=None, private=True)),
+                     (("someone/sounds",), dict(model_card_kwargs=None))]  # fmt: skip
