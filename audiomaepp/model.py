@@ -37,7 +37,7 @@ def patchify(
     x = spec.reshape(b, c, t // pt, pt, m // pm, pm)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (t // pt) * (m // pm), pt * pm * c)
 
-
+# %% ../nbs/02_model.ipynb #6d0b0018
 def unpatchify(
     patches: Tensor, # (B, N, p_t·p_m·C) flattened patches
     patch_size: tuple[int, int], # (time, mel) size of a patch
@@ -59,14 +59,6 @@ def _sincos(
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
-def sincos_1d(
-    dim: int, # number of channels, even
-    n: int, # number of tokens
-) -> Tensor: # (1, 1 + n, dim)
-    "Return fixed positions over the token index, with zeros for CLS in front."
-    return F.pad(_sincos(dim, torch.arange(n)), (0, 0, 1, 0))[None]
-
-
 def sincos_2d(
     dim: int, # number of channels, divisible by 4
     grid_size: tuple[int, int], # number of patches along (time, mel)
@@ -75,6 +67,14 @@ def sincos_2d(
     t, f = torch.meshgrid(*map(torch.arange, grid_size), indexing="ij")
     table = torch.cat([_sincos(dim // 2, f.flatten()), _sincos(dim // 2, t.flatten())], dim=1)
     return F.pad(table, (0, 0, 1, 0))[None]
+
+# %% ../nbs/02_model.ipynb #6d0b0019
+def sincos_1d(
+    dim: int, # number of channels, even
+    n: int, # number of tokens
+) -> Tensor: # (1, 1 + n, dim)
+    "Return fixed positions over the token index, with zeros for CLS in front."
+    return F.pad(_sincos(dim, torch.arange(n)), (0, 0, 1, 0))[None]
 
 # %% ../nbs/02_model.ipynb #6b0a18e2
 def rope_angles(
@@ -87,7 +87,7 @@ def rope_angles(
     angles = torch.cat([t.reshape(-1, 1) * omega, f.reshape(-1, 1) * omega], dim=1)
     return F.pad(angles, (0, 0, 1, 0))
 
-
+# %% ../nbs/02_model.ipynb #6d0b001c
 def rotate(
     x: Tensor, # (B, H, L, d) queries or keys
     angles: Tensor, # (B or 1, L, d / 2) rotation angles
@@ -136,6 +136,15 @@ def ids_of_mask(
                          f"from 1 to {num_patches - 1}, got {visible.tolist()} visible; use a mask of random_masking")
     return (mask == 0).nonzero()[:, 1].reshape(batch, -1), mask
 
+# %% ../nbs/02_model.ipynb #6d0b001d
+def mlp(
+    dim: int, # width
+    hidden: int, # hidden width
+    act: type[nn.Module] = nn.GELU, # activation
+) -> nn.Sequential:
+    "Return the usual two-layer feed-forward layer."
+    return nn.Sequential(nn.Linear(dim, hidden), act(), nn.Linear(hidden, dim))
+
 # %% ../nbs/02_model.ipynb #a1c558c4
 class SwiGLU(nn.Module):
     "Gated feed-forward layer: project(LayerNorm(silu(gate(x)) · value(x)))."
@@ -152,15 +161,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # (…, dim) → (…, dim)
         return self.project(self.norm(F.silu(self.gate(x)) * self.value(x)))
-
-
-def mlp(
-    dim: int, # width
-    hidden: int, # hidden width
-    act: type[nn.Module] = nn.GELU, # activation
-) -> nn.Sequential:
-    "Return the usual two-layer feed-forward layer."
-    return nn.Sequential(nn.Linear(dim, hidden), act(), nn.Linear(hidden, dim))
 
 # %% ../nbs/02_model.ipynb #e6578277
 def attend(
@@ -338,6 +338,16 @@ class Decoder(nn.Module):
             x = block(x, self.angles)
         return self.pred(self.norm(x))[:, 1:]
 
+# %% ../nbs/02_model.ipynb #6d0b001e
+def _same_clip(
+    labels: Tensor | None, # (B,) classes, negative = unlabeled
+) -> Tensor | None: # (2B,)
+    "Return the labels of two stacked views; each unlabeled clip gets a class of its own."
+    if labels is None:
+        return None
+    own = labels.max().clamp_min(0) + 1 + torch.arange(len(labels), device=labels.device)
+    return torch.where(labels < 0, own, labels).repeat(2)
+
 # %% ../nbs/02_model.ipynb #77a00893
 def embedding_losses(
     first: Tensor, # (B, D) embeddings of the clips
@@ -360,16 +370,6 @@ def embedding_losses(
     elif cfg.use_uniformity_loss:
         losses["uniformity"] = cosine_uniformity_loss(rows[:n])
     return losses
-
-
-def _same_clip(
-    labels: Tensor | None, # (B,) classes, negative = unlabeled
-) -> Tensor | None: # (2B,)
-    "Return the labels of two stacked views; each unlabeled clip gets a class of its own."
-    if labels is None:
-        return None
-    own = labels.max().clamp_min(0) + 1 + torch.arange(len(labels), device=labels.device)
-    return torch.where(labels < 0, own, labels).repeat(2)
 
 # %% ../nbs/02_model.ipynb #21e368b8
 @dataclass
@@ -398,7 +398,7 @@ def _init_weights(
         if hasattr(module, token):
             nn.init.normal_(getattr(module, token), std=0.02)
 
-
+# %% ../nbs/02_model.ipynb #6d0b0021
 def _check_spec(
     spec: Tensor, # (B, C, time, mel) spectrograms
     cfg: Config, # the size that they must have

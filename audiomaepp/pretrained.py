@@ -26,25 +26,7 @@ from .model import AudioMAEPlusPlus
 from .tables import render
 from .weights import check_finite, check_shapes, read_tensors, sizes, weight_shapes
 
-# %% ../nbs/50_pretrained.ipynb #5b0c0002
-def from_pretrained(
-    kind: type[AudioMAEPlusPlus], # class of the model
-    source: str | os.PathLike, # folder of a model or a run, or name of a Hub repository ("owner/name")
-    device: str | torch.device = "cpu", # device of the model
-    **options, # of `hf_hub_download`: revision, token, cache_dir, local_files_only, force_download
-) -> AudioMAEPlusPlus: # in evaluation mode
-    """Read a model.
-
-    Raises `FileNotFoundError` if there is none, `ValueError` if a file is damaged or the files do not belong together.
-    """
-    config, weights = (_find(source, name, options) for name in ("config.json", "model.safetensors"))
-    cfg = Config.load(config)
-    check_shapes(read_header(weights).shapes, weight_shapes(cfg, kind), weights, f"{config} ({sizes(cfg)})")
-    model = kind(cfg)
-    model.load_state_dict(read_tensors(weights))
-    return model.eval().to(device)
-
-
+# %% ../nbs/50_pretrained.ipynb #5b0c0012
 def _find(
     source: str | os.PathLike, # folder, or name of a Hub repository
     name: str, # file in it
@@ -62,6 +44,24 @@ def _find(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {use}")
     return path
+
+# %% ../nbs/50_pretrained.ipynb #5b0c0002
+def from_pretrained(
+    kind: type[AudioMAEPlusPlus], # class of the model
+    source: str | os.PathLike, # folder of a model or a run, or name of a Hub repository ("owner/name")
+    device: str | torch.device = "cpu", # device of the model
+    **options, # of `hf_hub_download`: revision, token, cache_dir, local_files_only, force_download
+) -> AudioMAEPlusPlus: # in evaluation mode
+    """Read a model.
+
+    Raises `FileNotFoundError` if there is none, `ValueError` if a file is damaged or the files do not belong together.
+    """
+    config, weights = (_find(source, name, options) for name in ("config.json", "model.safetensors"))
+    cfg = Config.load(config)
+    check_shapes(read_header(weights).shapes, weight_shapes(cfg, kind), weights, f"{config} ({sizes(cfg)})")
+    model = kind(cfg)
+    model.load_state_dict(read_tensors(weights))
+    return model.eval().to(device)
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0005
 def generate_model_card(
@@ -98,7 +98,7 @@ def save_pretrained(
         return model.push_to_hub(repo_id or Path(save_directory).name, model_card_kwargs=model_card_kwargs, **upload)
     return None
 
-
+# %% ../nbs/50_pretrained.ipynb #5b0c0014
 def push_to_hub(
     model: AudioMAEPlusPlus, # model to upload
     repo_id: str, # Hub repository ("owner/name"), created if missing
@@ -234,7 +234,7 @@ def kind_of(
     raise ValueError("the checkpoint must be AudioMAE++'s (with encoder.blocks.0.ffn1.layer1.weight), AudioMAE's or a "
                      f"timm port's (with blocks.0.mlp.fc1.weight), got {', '.join(blocks)}, …; use one of these")
 
-
+# %% ../nbs/50_pretrained.ipynb #5b0c0017
 def _renamed(
     name: str, # name of a released weight
     kind: str, # "AudioMAE++" or "AudioMAE"
@@ -328,7 +328,7 @@ def leave_out(
     for name in unused:
         del weights[name]
 
-
+# %% ../nbs/50_pretrained.ipynb #5b0c0018
 def place(
     places: dict[str, tuple[int, ...]], # shapes of the model's weights
     weights: dict[str, Tensor], # weights under our names
