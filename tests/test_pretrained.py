@@ -6,6 +6,7 @@ made of them (float32, on a CPU): AudioMAE++ with its decoder, and AudioMAE's en
 
 import argparse
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -238,3 +239,10 @@ def test_saving_may_upload(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "c")
     assert calls == [(("a",), dict(model_card_kwargs=None, private=True)),
                      (("someone/sounds",), dict(model_card_kwargs=None))]  # fmt: skip
+
+
+def test_the_model_alone_loads_nothing_of_the_hub():
+    """Whoever reads or trains the model needs no library that speaks to a server."""
+    look = "import sys, audiomaepp.model; print(*({'huggingface_hub', 'audiomaepp.pretrained'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()
