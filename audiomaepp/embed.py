@@ -24,9 +24,10 @@ from .config import Config
 from .data import Recordings, Skipped, open_recordings
 from .features import build_frontend
 from .files import Stop, Stopped, only_writer, read_parquet, stopping
-from .model import AudioMAEPlusPlus, cpu_state
+from .model import AudioMAEPlusPlus
 from .pooling import frame_embeddings
 from .store import _OWN, _state_of, _Store
+from .weights import cpu_state
 
 # %% ../nbs/20_embed.ipynb #15051724
 def as_wave(

@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .files import make_folder
 from .model import AudioMAEPlusPlus
 
 # %% ../nbs/51_export.ipynb #30aa0030
 class Embedder(nn.Module):
-    "The embedding path alone: (B, C, time, mel) spectrograms → (B, D)."
+    "Embedding path of a model: (B, C, time, mel) spectrograms → (B, D) vectors."
 
     def __init__(
         self,
-        model: AudioMAEPlusPlus,
-        pooling_mode: str | None = None, # the config's when left out
+        model: AudioMAEPlusPlus, # trained model
+        pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
     ):
         super().__init__()
         self.model, self.pooling_mode = model, pooling_mode
@@ -30,32 +31,28 @@ class Embedder(nn.Module):
     def forward(self, spec: Tensor) -> Tensor: # (B, C, time, mel) → (B, D)
         return self.model.get_embedding(spec, self.pooling_mode)
 
-
+# %% ../nbs/51_export.ipynb #5e0f0005
 def export_program(
-    model: AudioMAEPlusPlus,
-    pooling_mode: str | None = None, # the config's when left out
-) -> torch.export.ExportedProgram:
-    "The embedding path as a program for `torch.export.save`, AOTInductor or ExecuTorch; batches of any size."
-    path, spec = _path(model, pooling_mode)
-    return torch.export.export(path, (spec,), dynamic_shapes={"spec": {0: torch.export.Dim("batch")}})
+    model: AudioMAEPlusPlus, # trained model
+    pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
+) -> torch.export.ExportedProgram: # for `torch.export.save`, AOTInductor or ExecuTorch
+    "Export the embedding path as a program that takes batches of any size."
+    path = Embedder(copy.deepcopy(model), pooling_mode).cpu().eval()
+    example = torch.zeros(2, model.cfg.in_chans, *model.cfg.img_size)  # (B, C, time, mel)
+    return torch.export.export(path, (example,), dynamic_shapes={"spec": {0: torch.export.Dim("batch")}})
 
-
+# %% ../nbs/51_export.ipynb #5e0f0007
 def export_onnx(
-    model: AudioMAEPlusPlus,
-    path: str | os.PathLike, # the file; beside it a second one with the weights of a model beyond 2 GB
-    pooling_mode: str | None = None, # the config's when left out
+    model: AudioMAEPlusPlus, # trained model
+    path: str | os.PathLike, # .onnx file; weights beyond 2 GB go to a second file beside it
+    pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
 ):
-    "The embedding path as an ONNX file with an input `spec` and an output `embedding`; batches of any size."
+    "Write the embedding path as an ONNX file with input `spec` and output `embedding`, for batches of any size."
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("ONNX files need onnx and onnxscript; pip install audiomaepp[export] would do") from error
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+        raise ImportError("export_onnx needs onnx and onnxscript, got neither or one of them; use pip install "
+                          "audiomaepp[export]") from error
+    make_folder(Path(path).parent)
     names = dict(input_names=["spec"], output_names=["embedding"])
     torch.onnx.export(export_program(model, pooling_mode), f=path, dynamo=True, verbose=False, **names)
-
-
-def _path(model: AudioMAEPlusPlus, pooling_mode: str | None) -> tuple[Embedder, Tensor]:
-    "The embedding path on the CPU, in evaluation mode, and an example of what it takes."
-    cfg = model.cfg
-    return Embedder(copy.deepcopy(model), pooling_mode).cpu().eval(), torch.zeros(2, cfg.in_chans, *cfg.img_size)

@@ -37,12 +37,13 @@ from audiomaepp.files import (
     read_json,
     write_atomic,
 )
-from .model import AudioMAEOutput, AudioMAEPlusPlus, check_shapes, cpu_state, read_tensors
+from .model import AudioMAEOutput, AudioMAEPlusPlus
 from .pooling import extract_embeddings
 from .pretrained import load_official
 from .source import Parts, Source, load_source, open_again, open_source, save_source
 from .train import History, Trainer, param_groups
 from .validation import without_validation
+from .weights import check_shapes, cpu_state, read_tensors
 
 # %% ../nbs/41_finetune.ipynb #25aa0007
 def layer_groups(
@@ -98,7 +99,7 @@ class Classifier(nn.Module):
         self,
         spec: Tensor, # (B, C, time, mel)
         labels: Tensor | None = None, # (B,) classes; negative = unlabelled, left out
-        other=None, # not looked at
+        view2=None, # not looked at
     ) -> AudioMAEOutput: # `pred` holds the logits (B, classes)
         "Logits, and with labels the cross-entropy; mixed in training if mixup is on."
         share, order = 1.0, torch.arange(len(spec), device=spec.device)

@@ -39,12 +39,12 @@ def frame_embeddings(
 # %% ../nbs/03_pooling.ipynb #b00ce002
 def _mean(
     x: torch.Tensor, # (B, N, D) vectors
-    sounds: torch.Tensor | None, # (B, N) True for vectors that count; None: all
+    key_padding_mask: torch.Tensor | None, # (B, N) True for vectors that do not count; None: all count
 ) -> torch.Tensor: # (B, D)
     "Return the mean over the vectors that count."
-    if sounds is None:
+    if key_padding_mask is None:
         return x.mean(dim=1)
-    weight = sounds.to(x.dtype)[..., None]
+    weight = (~key_padding_mask).to(x.dtype)[..., None]
     return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 # %% ../nbs/03_pooling.ipynb #85ec9c7f
@@ -52,7 +52,7 @@ def extract_embeddings(
     latent: torch.Tensor, # (B, 1+N, D) encoder output, CLS first
     mode: str = "mean", # pooling mode: "cls", "mean", "cls+mean" or "frame"
     grid_size: tuple[int, int] | None = None, # (T, F), number of patches along time and frequency; for "frame" only
-    sounds: torch.Tensor | None = None, # (B, N) False for patches of padding, which no mean includes
+    key_padding_mask: torch.Tensor | None = None, # (B, N) True for patches of padding, which no mean includes
 ) -> torch.Tensor: # (B, D), (B, 2D) for "cls+mean", (B, F*D) for "frame"
     """Return one vector per clip.
 
@@ -70,6 +70,8 @@ def extract_embeddings(
         if grid_size is None:
             raise ValueError("grid_size must be (frames, bands) for mode 'frame', got None; use Config.grid_size")
         frames = frame_embeddings(latent, grid_size)
-        return _mean(frames, sounds.unflatten(1, tuple(grid_size)).any(dim=2) if sounds is not None else None)
-    parts = {"cls": latent[:, 0], "mean": _mean(latent[:, 1:], sounds)}
+        if key_padding_mask is not None:  # a frame is padding if all its bands are
+            key_padding_mask = key_padding_mask.unflatten(1, tuple(grid_size)).all(dim=2)
+        return _mean(frames, key_padding_mask)
+    parts = {"cls": latent[:, 0], "mean": _mean(latent[:, 1:], key_padding_mask)}
     return torch.cat([parts[part] for part in mode.split("+")], dim=-1)

@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 from .config import Config
 from .files import OutputError, Stopped, naming, only_writer, stopping, write_atomic
 from .losses import rankme, uniformity_loss
-from .model import AudioMAEOutput, AudioMAEPlusPlus, checked_progress, checked_tensors, cpu_state, need_finite
+from .model import AudioMAEOutput, AudioMAEPlusPlus
 from .tables import escape
+from .weights import checked_progress, checked_tensors, cpu_state, need_finite
 
 # %% ../nbs/04_train.ipynb #84659884
 def cosine_lr(
@@ -315,10 +316,10 @@ class _Steps:
         outs = []
         for i, batch in enumerate(batches):
             spec, labels, last = self._spec(batch), self._labels(batch), i == len(batches) - 1
-            other = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
+            view2 = self._spec(batch) if self.cfg.views == 2 and self.cfg.use_contrastive_loss else None
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    out = self.model(spec, labels, other=other)
+                    out = self.model(spec, labels, view2=view2)
                 self.accelerator.backward(out.loss / len(batches))
             outs.append((out, len(spec)))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)

@@ -31,11 +31,12 @@ from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.finetune import Classifier
 from audiomaepp.lab import Comparison, Result, design
-from audiomaepp.model import AudioMAEPlusPlus, cpu_state
+from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official, read_weights
 from audiomaepp.search import SoundIndex
-from audiomaepp.source import Source, open_again
+from audiomaepp.source import Source, load_source, open_again, open_source, save_source
 from audiomaepp.train import History, Trainer, load_checkpoint, read_progress
+from audiomaepp.weights import cpu_state
 
 SMALL = dict(
     img_size=(16, 16), patch_size=(8, 8), embed_dim=8, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
@@ -81,8 +82,7 @@ def _run(folder, cfg, sounds):
     trainer.fit([batch])
     cfg.save(folder / "config.json")
     data = Source(data=str(sounds))
-    train, test, protocol = data.open(cfg, quiet=True)
-    data.save(folder / "data.json", protocol, train, test, cfg.seed)
+    save_source(data, folder, open_source(data, cfg, quiet=True), cfg.seed)
 
 
 def _comparison(folder, cfg, generator):
@@ -192,7 +192,7 @@ LOADERS = {
     ],
     "run/model.safetensors": [_file(AudioMAEPlusPlus.from_pretrained, "run")],
     "run/checkpoint.safetensors": [_progress, _checkpoint, _resumed],
-    "run/data.json": [_file(Source.load, "run/data.json")],
+    "run/data.json": [_file(load_source, "run")],
     "run/history.csv": [_drawn],
     "run/recordings.csv": [_opened],
     "classifier/config.json": [_file(Classifier.from_pretrained, "classifier")],

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 import audiomaepp
 from audiomaepp.config import Config
 from audiomaepp.files import MARKER
-from audiomaepp.model import AudioMAEPlusPlus, cpu_state, split_by_noise
+from audiomaepp.model import AudioMAEPlusPlus, split_by_noise
 from audiomaepp.train import Trainer, read_progress
+from audiomaepp.weights import cpu_state
 
 STEPS, HALF = 6, 4  # optimizer steps; clips in a process's batch
 
@@ -48,7 +49,7 @@ def batches(size, labels=True):
 class MaskedByContent(AudioMAEPlusPlus):
     "Hides patches by what is in them, so that a clip has one mask in whatever process it lands."
 
-    def forward(self, spec, labels=None, mask=None, other=None):
+    def forward(self, spec, labels=None, mask=None, view2=None):
         _, mask = split_by_noise(self.patchify(spec).sum(-1), self.cfg.num_visible)
         return super().forward(spec, labels, mask)
 

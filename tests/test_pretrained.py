@@ -6,6 +6,7 @@ made of them (float32, on a CPU): AudioMAE++ with its decoder, and AudioMAE's en
 
 import argparse
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -192,12 +193,56 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
         asked.append((repo_id, filename, options))
         return str(tmp_path / "there" / filename)
 
-    monkeypatch.setattr("audiomaepp.model.hf_hub_download", download)
+    monkeypatch.setattr("audiomaepp.pretrained.hf_hub_download", download)
     again = AudioMAEPlusPlus.from_pretrained("someone/sounds", revision="v2")
     spec = torch.randn(2, 1, 200, 80)
     with torch.no_grad():
         assert torch.equal(again.get_embedding(spec), model.get_embedding(spec))
     assert asked == [("someone/sounds", name, {"revision": "v2"}) for name in ("config.json", "model.safetensors")]
     monkeypatch.undo()
-    with pytest.raises(FileNotFoundError, match="someone/sounds is no folder here, and as a repository of the Hub"):
+    with pytest.raises(FileNotFoundError, match="someone/sounds must be a folder or a Hub repo.*, and from the Hub"):
         AudioMAEPlusPlus.from_pretrained("someone/sounds", local_files_only=True, cache_dir=tmp_path / "cache")
+
+
+def test_an_upload_is_what_save_pretrained_writes(monkeypatch):
+    """A repository without its config or card, or in another owner's name, is found out by whoever downloads it."""
+    model, calls = AudioMAEPlusPlus(Config.preset("nano", depth=1)).eval(), []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+            return types.SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+        def upload_folder(self, folder_path, **options):
+            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            calls.append((files, options))
+            return "https://hub/commit"
+
+    monkeypatch.setattr("audiomaepp.pretrained.HfApi", Api)
+    url = model.push_to_hub("sounds", token="t", private=True, branch="v2", create_pr=True,
+                            model_card_kwargs=dict(data="Eight clips."))  # fmt: skip
+    token, repo, (files, options) = calls
+    assert (url, token, repo) == ("https://hub/commit", "t", ("sounds", True, True))
+    assert files.keys() == {"README.md", "config.json", "model.safetensors"} and b"Eight clips." in files["README.md"]
+    assert (options["repo_id"], options["revision"], options["create_pr"]) == ("someone/sounds", "v2", True)
+
+
+def test_saving_may_upload(tmp_path, monkeypatch):
+    """The repository takes the name of the folder unless another is given, as the Hub's own library does it."""
+    model, calls = AudioMAEPlusPlus(Config.preset("nano", depth=1)), []
+    monkeypatch.setattr(AudioMAEPlusPlus, "push_to_hub", lambda self, *args, **options: calls.append((args, options)))
+    model.save_pretrained(tmp_path / "a", push_to_hub=True, private=True)
+    model.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id="someone/sounds")
+    model.save_pretrained(tmp_path / "c")
+    assert calls == [(("a",), dict(model_card_kwargs=None, private=True)),
+                     (("someone/sounds",), dict(model_card_kwargs=None))]  # fmt: skip
+
+
+def test_the_model_alone_loads_nothing_of_the_hub():
+    """Whoever reads or trains the model needs no library that speaks to a server."""
+    look = "import sys, audiomaepp.model; print(*({'huggingface_hub', 'audiomaepp.pretrained'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()

@@ -133,5 +133,5 @@ def test_what_was_refused_once_is_refused_in_replace_and_from_a_file(tmp_path):
 
 def test_another_size_at_the_model_is_named():
     model = AudioMAEPlusPlus(Config.preset("nano", depth=1))
-    with pytest.raises(ValueError, match=r"\(1, 1, 80, 200\).*\(batch, 1, 200, 80\)"):
+    with pytest.raises(ValueError, match=r"\(batch, 1, 200, 80\).*\(1, 1, 80, 200\)"):
         model(torch.zeros(1, 1, 80, 200))
