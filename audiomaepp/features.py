@@ -16,21 +16,19 @@ from .audio import import_torchaudio
 from .config import Config
 
 # %% ../nbs/11_features.ipynb #72bf63c8
-_STD_FLOOR = 0.1 # of a clip's log spectrum, which is 1 and more for a clip that can be heard
-_SILENT = -2.0 # what a frame without sound becomes under "band": well below what sounds
-_FURTHEST = 20.0 # no value of a spectrogram lies further out
-_LOUDEST = 1e9 # full scale is 1; float files hold anything, and the power must not overflow
-_BLOCK = 8 # clips at a time on a CPU, whose cache does not hold more frames
+_STD_FLOOR = 0.1 # lower bound of a clip's standard deviation, which is 1 or more for an audible clip
+_SILENT = -2.0 # value of a frame without sound under "band": well below what sounds
+_FURTHEST = 20.0 # largest absolute value of a spectrogram
 
 
 def standardize_spec(
     spec: torch.Tensor, # (B, frames, n_mels) log spectrogram
-    normalize: str = "clip", # "clip": by its own mean and deviation; "dataset": all alike; "band": by its bands' means
+    normalize: str = "clip", # "clip": own mean and deviation; "dataset": those of a data set; "band": mean of each band
     spec_mean: float = 0.0, # mean over a data set
     spec_std: float = 1.0, # standard deviation over a data set
-    top_db: float | torch.Tensor = 0.0, # dB below a clip's loudest value at which it ends; 0 keeps all; or (B,)
-) -> torch.Tensor: # (B, frames, n_mels), no value beyond ±20
-    "Standardized spectrograms: `(x - mean) / std` of each clip, or AudioMAE's `(x - mean) / (2·std)` of a data set."
+    top_db: float | torch.Tensor = 0.0, # dB below a clip's loudest value where it is cut off; 0 keeps all; or (B,)
+) -> torch.Tensor: # (B, frames, n_mels), all values within ±20
+    "Return standardized spectrograms: `(x - mean) / std` by clip, or AudioMAE's `(x - mean) / (2·std)` by data set."
     if isinstance(top_db, torch.Tensor) or top_db:
         depth = torch.as_tensor(top_db, device=spec.device).view(-1, 1, 1) * math.log(10) / 10
         spec = spec.maximum(spec.amax((1, 2), keepdim=True) - depth)
@@ -46,23 +44,27 @@ def standardize_spec(
     return spec.clamp(-_FURTHEST, _FURTHEST)
 
 # %% ../nbs/11_features.ipynb #2b400c34
+_LOUDEST = 1e9 # full scale is 1; a float file can hold any value, and its power must not overflow
+_BLOCK = 8 # clips at a time on a CPU, whose cache does not hold more frames
+
+
 class FrontEnd(nn.Module):
-    "Waveforms to standardized spectrograms; subclasses say how in `log_spectrum`."
+    "Base class of modules that turn waveforms into standardized spectrograms; a subclass defines `log_spectrum`."
 
     def __init__(
         self,
-        window: torch.Tensor, # (n,) tapers a frame
-        mel: torch.Tensor, # (fft bins, n_mels) sums bins into bands
+        window: torch.Tensor, # (n,) window of a frame
+        mel: torch.Tensor, # (fft bins, n_mels) weights of the mel bands
         num_frames: int, # frames of a spectrogram
         hop_length: int, # samples from frame to frame
         normalize: str, # "clip", "dataset" or "band"
-        spec_mean: float, # of the data set
-        spec_std: float, # of the data set
-        top_db: float, # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
+        spec_mean: float, # mean of the data set
+        spec_std: float, # standard deviation of the data set
+        top_db: float, # dB below a clip's loudest value where its spectrum is cut off; 0 keeps all
     ):
         super().__init__()
         if normalize not in ("clip", "dataset", "band"):
-            raise ValueError(f"normalize {normalize!r} is not known; 'clip', 'dataset' or 'band' would do")
+            raise ValueError(f"normalize must be 'clip', 'dataset' or 'band', got {normalize!r}; use 'clip'")
         self.num_frames, self.hop_length = num_frames, hop_length
         self.normalize, self.spec_mean, self.spec_std, self.top_db = normalize, spec_mean, spec_std, top_db
         self.register_buffer("window", window.float(), persistent=False)
@@ -70,13 +72,14 @@ class FrontEnd(nn.Module):
 
     def forward(
         self,
-        wav: torch.Tensor, # (B, samples), full scale ±1; padded or cropped to what num_frames need
-        lengths: torch.Tensor | None = None, # (B,) samples of each clip that are sound; what lies behind is padding
-        top_db: torch.Tensor | None = None, # (B,) for each clip its own; the module's when left out
+        wav: torch.Tensor, # (B, samples), full scale ±1; padded or cropped to the size of num_frames
+        lengths: torch.Tensor | None = None, # (B,) samples of each clip before its padding; default: no padding
+        top_db: torch.Tensor | None = None, # (B,) a value for each clip; default: the module's
     ) -> torch.Tensor: # (B, 1, num_frames, n_mels) float32
-        "Standardized spectrograms of a batch of clips."
+        "Return the standardized spectrograms of a batch of clips."
         if wav.dim() != 2:
-            raise ValueError(f"wav of shape {tuple(wav.shape)} is not a batch of clips; shape (B, samples) would do")
+            raise ValueError(f"wav must be a batch of shape (B, samples), got {tuple(wav.shape)}; use wav[None] for one"
+                             " clip")
         with torch.autocast(wav.device.type, enabled=False):
             wav = wav.float().clamp(-_LOUDEST, _LOUDEST)
             if lengths is None:
@@ -99,6 +102,14 @@ class FrontEnd(nn.Module):
         shape = f"num_frames={self.num_frames}, n_mels={self.mel.shape[1]}"
         return f"{shape}, hop_length={self.hop_length}, normalize={self.normalize!r}"
 
+# %% ../nbs/11_features.ipynb #a5110005
+def _silence_padding(
+    wav: torch.Tensor, # (B, samples)
+    lengths: torch.Tensor, # (B,) samples before the padding
+) -> torch.Tensor: # (B, samples)
+    "Return the clips with zeros after their lengths."
+    return wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
+
 # %% ../nbs/11_features.ipynb #3d40ea57
 class LogMel(FrontEnd):
     """Log-mel spectrograms as AudioMAE++ computes them (HTK mel bands without area norm, power 2).
@@ -117,13 +128,14 @@ class LogMel(FrontEnd):
         f_min: float = 50.0, # Hz, lower edge of the lowest band
         f_max: float = 8000.0, # Hz, upper edge of the highest band
         normalize: str = "clip", # "clip", "dataset" or "band"
-        spec_mean: float = -4.2677393, # of the data set, for "dataset"
-        spec_std: float = 4.5689974, # of the data set, for "dataset" and "band"
-        top_db: float = 0.0, # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
+        spec_mean: float = -4.2677393, # mean of the data set, for "dataset"
+        spec_std: float = 4.5689974, # standard deviation of the data set, for "dataset" and "band"
+        top_db: float = 0.0, # dB below a clip's loudest value where its spectrum is cut off; 0 keeps all
     ):
         if num_frames * hop_length <= n_fft // 2:
             enough = n_fft // 2 // hop_length + 1
-            raise ValueError(f"num_frames {num_frames} is at most half an FFT of {n_fft}; {enough} frames would do")
+            raise ValueError(f"num_frames must cover more than half an FFT of {n_fft} samples, got {num_frames}; use "
+                             f"{enough} or more")
         mel = import_torchaudio().functional.melscale_fbanks(n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate)
         window = torch.hann_window(win_length)
         super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
@@ -134,7 +146,7 @@ class LogMel(FrontEnd):
         wav: torch.Tensor, # (B, samples)
         lengths: torch.Tensor, # (B,) samples before the padding
     ) -> torch.Tensor: # (B, num_frames + 1, n_mels)
-        "log(mel power + ε); padding is silence."
+        "Return log(mel power + ε); padding counts as silence."
         size = self.num_frames * self.hop_length
         wav = F.pad(_silence_padding(wav, lengths), (0, size - wav.shape[1])) # a negative pad crops
         sizes = self.n_fft, self.hop_length, len(self.window)
@@ -142,16 +154,11 @@ class LogMel(FrontEnd):
         power = spectrum.real.square() + spectrum.imag.square() # (B, bins, frames)
         return (power.mT @ self.mel + torch.finfo(torch.float32).eps).log()
 
-
-def _silence_padding(wav: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    "`wav` with zeros behind each clip's length."
-    return wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
-
 # %% ../nbs/11_features.ipynb #57c6c1b9
 class Fbank(FrontEnd):
-    """Kaldi filter banks as AudioMAE computes them, of a whole batch at once.
+    """Kaldi filter banks as AudioMAE computes them, for a whole batch at once.
 
-    `lengths` matter here: frames behind a clip's end are zero, as AudioMAE pads; padded samples would give silence.
+    Pass `lengths` for padded clips: frames after the end of a clip are zero, as AudioMAE pads them.
     Source: arXiv 2207.06405; the tables are torchaudio's.
     """
 
@@ -165,9 +172,9 @@ class Fbank(FrontEnd):
         f_min: float = 20.0, # Hz, lower edge of the lowest band
         f_max: float = 8000.0, # Hz, upper edge of the highest band
         normalize: str = "dataset", # "clip", "dataset" or "band"
-        spec_mean: float = -4.2677393, # of the data set, for "dataset"; AudioSet's
-        spec_std: float = 4.5689974, # of the data set, for "dataset" and "band"; AudioSet's
-        top_db: float = 0.0, # dB below a clip's loudest value at which its spectrum ends; 0 keeps all
+        spec_mean: float = -4.2677393, # mean of the data set, for "dataset"; AudioSet's
+        spec_std: float = 4.5689974, # standard deviation of the data set, for "dataset" and "band"; AudioSet's
+        top_db: float = 0.0, # dB below a clip's loudest value where its spectrum is cut off; 0 keeps all
     ):
         import_torchaudio()
         from torchaudio.compliance.kaldi import get_mel_banks
@@ -183,7 +190,7 @@ class Fbank(FrontEnd):
         wav: torch.Tensor, # (B, samples)
         lengths: torch.Tensor, # (B,) samples before the padding
     ) -> torch.Tensor: # (B, num_frames, n_mels)
-        "log of the band energies, zeros where no frame fits into the clip."
+        "Return the log of the band energies, zero where no frame fits into the clip."
         win, lengths = len(self.window), lengths.clamp(1, wav.shape[1])
         mean = _silence_padding(wav, lengths).sum(1) / lengths
         wav = _silence_padding(wav - mean[:, None], lengths)[:, : (self.num_frames - 1) * self.hop_length + win]
@@ -197,7 +204,7 @@ class Fbank(FrontEnd):
         self,
         frames: torch.Tensor, # (B, frames, win_length)
     ) -> torch.Tensor: # (B, frames, n_mels)
-        "Kaldi's order: mean, pre-emphasis, window, power spectrum, bands."
+        "Return band energies in Kaldi's order: mean, pre-emphasis, window, power spectrum, bands."
         frames = frames - frames.mean(-1, keepdim=True)
         frames = (frames[..., 1:] - 0.97 * frames[..., :-1]) * self.window[1:] # the window's first value is 0
         spectrum = torch.fft.rfft(F.pad(frames, (1, 2 * len(self.mel) - 3 - frames.shape[-1])))
@@ -205,9 +212,9 @@ class Fbank(FrontEnd):
 
 # %% ../nbs/11_features.ipynb #21f82ade
 def build_frontend(
-    cfg: Config,
-) -> FrontEnd:
-    "The front end that a `Config` asks for: (B, samples) → (B, 1, *cfg.img_size)."
+    cfg: Config, # settings of the front end and the size of its spectrograms
+) -> FrontEnd: # (B, samples) → (B, 1, *cfg.img_size)
+    "Return the front end that a `Config` names."
     num_frames, n_mels = cfg.img_size
     standardizing = ("normalize", "spec_mean", "spec_std", "top_db")
     names = ("sample_rate", "win_length", "hop_length", "f_min", "f_max", *standardizing)
@@ -216,4 +223,4 @@ def build_frontend(
         return LogMel(num_frames, n_mels, n_fft=cfg.n_fft, **settings)
     if cfg.frontend == "fbank":
         return Fbank(num_frames, n_mels, **settings)
-    raise ValueError(f"frontend {cfg.frontend!r} is not known; 'logmel' or 'fbank' would do")
+    raise ValueError(f"frontend must be one of the known ones, got {cfg.frontend!r}; use 'logmel' or 'fbank'")
