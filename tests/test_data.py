@@ -554,7 +554,7 @@ def test_processes_share_the_batches(folder):
         shares.append(list(loader))
     assert len(whole) == len(loader) == 5 and len(shares[0]) == len(shares[1]) == 1
     assert same([shares[0][0], shares[1][0]], whole[2:4]), "the fifth has no partner"
-    with pytest.raises(ValueError, match="cannot share 5 batches"):
+    with pytest.raises(ValueError, match="the 5 batches of an epoch"):
         loader.set_epoch(0, rank=0, world_size=6)
 
 
