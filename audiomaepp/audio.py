@@ -5,6 +5,7 @@
 # %% ../nbs/10_audio.ipynb #e17ead2b
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import math
@@ -22,11 +23,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .files import printable
 
-if TYPE_CHECKING:
-    import torch
-
 # %% auto #0
 __all__ = ['AUDIO_EXTENSIONS', 'AudioError', 'AudioInfo', 'probe', 'resample', 'load_audio', 'stream_audio', 'windows']
+
+# %% ../nbs/10_audio.ipynb #a5100014
+class _Lazy:
+    "A module that is imported when one of its names is first used."
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = _Lazy("torch")
 
 # %% ../nbs/10_audio.ipynb #78356fa6
 class AudioError(ValueError):
@@ -200,8 +214,6 @@ def _decode(
     block: int = 2**16, # samples in a block; the block in which the decoder fails is lost
 ) -> tuple[torch.Tensor, int]: # (channels, samples), and how many can be decoded
     "Return decoded samples, and their number before the decoder failed."
-    import torch
-
     blocks, count = [], 0
     sound.seekable = lambda: False # or soundfile seeks after each read, which fails in a file of unknown length
     try:
@@ -281,8 +293,6 @@ class _NoExtension(ModuleType):
         return bool if name in ("_load_lib", "is_available") else False if name.startswith("_IS_") else self._refuse
 
     def _refuse(self, *args, **kwargs):
-        import torch
-
         raise RuntimeError(f"this function is compiled and needs a torchaudio that was built for torch "
                            f"{torch.__version__}, got another one ({self.reason}); install the matching torchaudio")
 
@@ -328,8 +338,6 @@ def _resample_directly(
     block: int = 2**21, # how many numbers are in memory at once
 ) -> torch.Tensor: # (n, ceil(samples·new/orig))
     "Resample with torchaudio's windowed sinc, for rates whose table is too large."
-    import torch
-
     scale = min(orig, new) * _ROLLOFF / orig
     width = math.ceil(_ZERO_CROSSINGS / scale)
     offsets = torch.arange(-width, width + 1, device=wav.device)
@@ -351,12 +359,10 @@ def _resample_by_table(
     new: int, # Hz after, divided by the common divisor
 ) -> torch.Tensor: # (..., ceil(samples·new/orig))
     "Resample with torchaudio, and append the samples that its result lacks."
-    from torch.nn.functional import pad
-
     by_table, total = import_torchaudio().functional.resample, -(-wav.shape[-1] * new // orig)
     out = by_table(wav, orig, new)
     if (lacks := total - out.shape[-1]) > 0:
-        out = by_table(pad(wav, (0, -(-(2 * lacks + 1) * orig // new))), orig, new)
+        out = by_table(torch.nn.functional.pad(wav, (0, -(-(2 * lacks + 1) * orig // new))), orig, new)
     return out[..., :total]
 
 # %% ../nbs/10_audio.ipynb #21e0c1f2
@@ -454,8 +460,6 @@ def stream_audio(
 
 def _pieces(sound, ends: _Ends, name: str, new: int, seconds: int) -> Iterator[torch.Tensor]:
     "Yield the pieces of an open recording that is longer than one piece."
-    import torch
-
     rate, promised = _rate(sound, name), _promised_frames(sound, ends.head)
     block = 2**16 if promised else 1152
     part = -(-seconds * rate // block) * block  # the blocks of load_audio, or a damaged file would decode differently
@@ -486,9 +490,6 @@ def windows(
     hop: int | None = None, # samples between the beginnings of two windows; default: `size`, no overlap
 ) -> tuple[torch.Tensor, torch.Tensor]: # (n, size), and (n,) int64: how many samples of each belong to the recording
     "Return windows that cover a recording of any length, the last one padded with zeros, and their lengths in samples."
-    from torch import arange
-    from torch.nn.functional import pad
-
     hop = size if hop is None else hop
     if not 0 < hop <= size:
         raise ValueError(f"hop must be between 1 and size={size}, got {hop}; use hop={size} for no overlap")
@@ -496,6 +497,6 @@ def windows(
         raise ValueError(f"wav must have the shape (samples,) with at least one sample, got {tuple(wav.shape)}; "
                          "use one recording at a time")
     n = 1 + max(0, -(-(len(wav) - size) // hop))
-    firsts = arange(n) * hop
-    padded = pad(wav, (0, (n - 1) * hop + size - len(wav)))
+    firsts = torch.arange(n) * hop
+    padded = torch.nn.functional.pad(wav, (0, (n - 1) * hop + size - len(wav)))
     return padded.unfold(0, size, hop), (len(wav) - firsts).clamp(max=size)

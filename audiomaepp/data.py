@@ -15,16 +15,13 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, not_a_file, probe, resample, stream_audio
+from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, not_a_file, probe, resample, stream_audio, torch
 from .files import naming, printable, read_parquet, shown, write_atomic
 from .tables import _text, _with_paths, escape, paths_of
-
-if TYPE_CHECKING:
-    import torch
 
 # %% auto #0
 __all__ = ['Skipped', 'NoRecordings', 'Recordings', 'open_recordings', 'split', 'drop_unreadable']
