@@ -21,7 +21,7 @@ import numpy as np
 
 from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, not_a_file, probe, resample, stream_audio, torch
 from .files import naming, printable, read_parquet, shown, write_atomic
-from .tables import _text, _with_paths, escape, paths_of
+from .tables import _text, _with_paths, html_table, paths_of, render, text_table
 
 # %% auto #0
 __all__ = ['Skipped', 'NoRecordings', 'Recordings', 'open_recordings', 'split', 'drop_unreadable']
@@ -42,9 +42,7 @@ class Skipped(list):
         return "\n".join([f"{len(rows)} left out", *(f"  {name:{width}}  {reason}" for name, reason in rows)])
 
     def _repr_html_(self):
-        cell = "<td style='text-align:left'>"
-        rows = "".join(f"<tr>{cell}{escape(n)}</td>{cell}{escape(r)}</td></tr>" for n, r in self._rows())
-        return f"<b>{len(self)} left out</b><table>{rows}</table>"
+        return html_table(f"{len(self)} left out", [["path", "reason"], *self._rows()])
 
     def to_csv(self, path: str | os.PathLike):
         "Write the pairs to a CSV file with the columns path and reason."
@@ -273,19 +271,11 @@ def _counts(recordings: Recordings) -> dict[str, int]:
 
 def _html_card(recordings: Recordings, most: int = 24) -> str:
     "Return the summary and a bar for each class, at most `most` bars, as HTML."
-    named = [(name, n) for name, n in _counts(recordings).items() if n]
-    largest = max((n for _, n in named), default=1)
-    bars = "".join(
-        f"<div style='display:flex;gap:.5em;white-space:nowrap'>"
-        f"<span style='flex:1;overflow:hidden'>{escape(name)}</span>"
-        f"<span style='width:4em'><span style='display:inline-block;height:.6em;width:{4 * n / largest:.2f}em;"
-        f"background:#4c8eda'></span></span><span style='width:2.5em'>{n}</span></div>"
-        for name, n in named[:most]
+    counts = [(name, n) for name, n in _counts(recordings).items() if n]
+    return render(
+        "recordings.html", source=recordings.source or "recordings", summary=_summary(recordings), counts=counts[:most],
+        largest=max((n for _, n in counts), default=1), more=max(0, len(counts) - most),
     )
-    more = f"<small>and {len(named) - most} more classes</small>" if len(named) > most else ""
-    flow = "display:grid;grid-template-columns:repeat(auto-fill,16em);gap:.1em 1.5em;font-size:90%;max-width:54em"
-    title = f"<b>{escape(recordings.source or 'recordings')}</b> · {escape(_summary(recordings))}"
-    return f"<div>{title}<div style='{flow}'>{bars}</div>{more}</div>"
 
 # %% ../nbs/12_data.ipynb #ee41a580
 def _walk(folder: Path, extensions: frozenset[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -562,21 +552,18 @@ class _Split(NamedTuple):
     test: Recordings
     words: str # how the parts were chosen, and their sizes
 
-    def counts(self, most: int | None = None): # DataFrame: rows are classes, columns are parts
-        "Return how many clips of each class are in each part; of the first `most` classes."
-        import pandas as pd
-
-        counts = pd.DataFrame({"train": _counts(self.train), "test": _counts(self.test)})
-        return counts[counts.any(axis=1)].iloc[:most]
+    def _cells(self, most: int = 24) -> list[list]:
+        "Return a row for each class with its clips in both parts; at most `most` rows."
+        counts = zip(_counts(self.train).items(), _counts(self.test).values(), strict=True)
+        rows = [[name, train, test] for (name, train), test in counts if train or test]
+        more = [[f"and {len(rows) - most} more classes", None, None]] * (len(rows) > most)
+        return [["class", "train", "test"], *rows[:most], *more]
 
     def __repr__(self):
-        more = len(self.counts()) - 24
-        return f"{self.words}\n{self.counts(24).to_string()}" + f"\nand {more} more classes" * (more > 0)
+        return text_table(self.words, self._cells())
 
     def _repr_html_(self):
-        more = len(self.counts()) - 24
-        table = self.counts(24).to_html(border=0)
-        return f"<b>{escape(self.words)}</b>{table}" + f"<small>and {more} more classes</small>" * (more > 0)
+        return html_table(self.words, self._cells())
 
 # %% ../nbs/12_data.ipynb #2d0a68f6
 def split(
