@@ -531,7 +531,7 @@ class Doctor(Command):
 
 # %% ../nbs/60_cli.ipynb #453530e5
 def _check_torchaudio() -> str:
-    from audiomaepp.audio import _import_torchaudio as import_torchaudio
+    from audiomaepp.audio import import_torchaudio
 
     torchaudio = import_torchaudio()
     full = getattr(sys.modules["torchaudio._extension"], "_IS_TORCHAUDIO_EXT_AVAILABLE", False)

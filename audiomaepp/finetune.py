@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import augment, make_loader
+from .batches import Augment, ClipLoader
 from .config import PRESETS, Config
 from .data import Recordings, Skipped, open_recordings
 from .embed import EmbeddingGenerator
@@ -218,7 +218,7 @@ def finetune(
     model.cfg = cfg  # in training padding counts as silence, so it does in use
     torch.manual_seed(cfg.seed)
     classifier = Classifier(model, train.classes, layer_decay, mixup)
-    options = dict(model=classifier, transform=augment(cfg, build_frontend(cfg)), callback=callback, quiet=quiet)
+    options = dict(model=classifier, transform=Augment(cfg, build_frontend(cfg)), callback=callback, quiet=quiet)
     known = train.select(labels >= 0)
 
     def evaluate(classifier: Classifier) -> dict[str, float]:
@@ -229,7 +229,7 @@ def finetune(
         if out is not None:
             claim(out, "finetune", CLASSIFIER_FILES)
         trainer = Trainer.resume(out, **options) if resume else Trainer(cfg, out_dir=out, **options)
-        history = trainer.fit(make_loader(known, cfg, pairs=False), **scored)
+        history = trainer.fit(ClipLoader(known, cfg, pairs=False), **scored)
         if out is not None and validation is not None:
             return Classifier.from_pretrained(out, trainer.device), history
     return trainer.accelerator.unwrap_model(trainer.model).eval(), history

@@ -30,7 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__
-from .batches import augment, make_loader
+from .batches import Augment, ClipLoader
 from .config import POOLING_MODES, Config
 from .data import Recordings, Skipped, check_columns, drop_unreadable, open_recordings, split
 from .embed import EmbeddingGenerator
@@ -313,11 +313,11 @@ def _train(
 ) -> tuple[AudioMAEPlusPlus, History]: # the last weights, what was measured
     "Fit one model; the held-out clips are looked at, and choose nothing."
     watch = _Watch(Validation(*parts, cfg, "heldout"), bar)
-    options = dict(transform=augment(cfg, build_frontend(cfg)), callback=watch.row, quiet=True)
+    options = dict(transform=Augment(cfg, build_frontend(cfg)), callback=watch.row, quiet=True)
     begun = (folder / "checkpoint.safetensors").exists()
     trainer = Trainer.resume(folder, **options) if begun else Trainer(cfg, out_dir=folder, **options)
     watch.go_on(trainer.history)
-    history = trainer.fit(make_loader(parts[0], cfg, pairs=pairs), watch.evaluate, best_by=None)
+    history = trainer.fit(ClipLoader(parts[0], cfg, pairs=pairs), watch.evaluate, best_by=None)
     return trainer.accelerator.unwrap_model(trainer.model), history
 
 # %% ../nbs/42_lab.ipynb #bb3df9ef

@@ -103,7 +103,7 @@ def train_run(
     command: str = "train", # command that the folder belongs to
 ) -> tuple["AudioMAEPlusPlus", "History"]: # best model, history
     "Train, and leave the folder of a run: data.json, config.json, model, checkpoint, history.csv."
-    from audiomaepp.batches import augment, make_loader
+    from audiomaepp.batches import Augment, ClipLoader
     from audiomaepp.features import build_frontend
     from audiomaepp.model import AudioMAEPlusPlus
     from audiomaepp.train import Trainer
@@ -129,9 +129,9 @@ def train_run(
             print(*skipped_lines(parts.train.skipped), parts.protocol, sep="\n")
             print(f"training part: {len(fitted)} clips fit the weights, "
                   f"{len(held)} validation clips choose the checkpoint")
-        trainer.transform = augment(cfg, build_frontend(cfg)).to(trainer.device)
+        trainer.transform = Augment(cfg, build_frontend(cfg)).to(trainer.device)
         validation = Validation(fitted, held, cfg)
-        history = trainer.fit(make_loader(fitted, cfg), validation, validation.best_by)
+        history = trainer.fit(ClipLoader(fitted, cfg), validation, validation.best_by)
         trainer.accelerator.wait_for_everyone()
         return AudioMAEPlusPlus.from_pretrained(out, trainer.device), history
 

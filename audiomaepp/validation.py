@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from .batches import make_loader
+from .batches import ClipLoader
 from .config import Config
 from .data import Recordings
 from .evaluate import knn_accuracy, logmel_statistics
@@ -49,7 +49,7 @@ def probe_loader(
     "Return one window of each clip; of a random part if there are many."
     if len(recordings) > most:
         recordings = recordings.select(np.random.default_rng(cfg.seed).permutation(len(recordings))[:most])
-    batches = list(make_loader(recordings, cfg, train=False))
+    batches = list(ClipLoader(recordings, cfg, train=False))
     return torch.cat([b["wav"] for b in batches]), torch.cat([b["label"] for b in batches]).numpy()
 
 # %% ../nbs/23_validation.ipynb #9e9489c1

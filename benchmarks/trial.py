@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from quality import MODES, column_of, config_of, opened
 
-from audiomaepp.batches import augment, make_loader
+from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.data import drop_unreadable
 from audiomaepp.embed import EmbeddingGenerator
@@ -57,8 +57,8 @@ def parts(source: str, cfg: Config, aside: list[str], judged: list[str]):
 
 def trained(cfg: Config, recordings) -> tuple[AudioMAEPlusPlus, float]:
     """The last weights of one training, and the seconds that it took."""
-    begin, trainer = time.perf_counter(), Trainer(cfg, transform=augment(cfg, build_frontend(cfg)), quiet=True)
-    trainer.fit(make_loader(recordings, cfg))
+    begin, trainer = time.perf_counter(), Trainer(cfg, transform=Augment(cfg, build_frontend(cfg)), quiet=True)
+    trainer.fit(ClipLoader(recordings, cfg))
     return trainer.accelerator.unwrap_model(trainer.model), time.perf_counter() - begin
 
 

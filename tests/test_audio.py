@@ -74,10 +74,10 @@ def test_torchaudio_is_loaded_without_an_extension_that_fails(error):
         BREAK.format(error=error)
         + """
 import torch, threading
-from audiomaepp.audio import _import_torchaudio, resample
+from audiomaepp.audio import import_torchaudio, resample
 from audiomaepp.features import Fbank, LogMel
 found = []
-threads = [threading.Thread(target=lambda: found.append(_import_torchaudio())) for _ in range(8)]
+threads = [threading.Thread(target=lambda: found.append(import_torchaudio())) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
 assert len(found) == 8 and len(set(map(id, found))) == 1
 import torchaudio
@@ -101,7 +101,7 @@ def test_a_torchaudio_that_imports_is_left_alone(monkeypatch):
     working = types.ModuleType("torchaudio")
     monkeypatch.setitem(sys.modules, "torchaudio", working)
     before = sys.modules.get("torchaudio._extension")
-    assert audio._import_torchaudio() is working and sys.modules.get("torchaudio._extension") is before
+    assert audio.import_torchaudio() is working and sys.modules.get("torchaudio._extension") is before
 
 
 def test_a_missing_torchaudio_says_so():
@@ -582,7 +582,7 @@ def test_numbers_of_the_original():
 )
 def test_logmel_is_torchaudios(n_fft, win_length, hop, n_mels):
     wav = torch.randn(3, 100 * hop, generator=torch.Generator().manual_seed(0))
-    mel = audio._import_torchaudio().transforms.MelSpectrogram(
+    mel = audio.import_torchaudio().transforms.MelSpectrogram(
         RATE, n_fft=n_fft, win_length=win_length, hop_length=hop, f_min=20, f_max=7_000, n_mels=n_mels
     )
     wanted = (mel(wav) + torch.finfo(torch.float32).eps).log().mT
@@ -594,7 +594,7 @@ def test_logmel_is_torchaudios(n_fft, win_length, hop, n_mels):
 @pytest.mark.parametrize("rate, win_length, hop", [(16_000, 400, 160), (8_000, 200, 80), (16_000, 512, 160)])
 def test_fbank_is_kaldis(rate, win_length, hop):
     wav = 0.1 * torch.randn(3, rate, generator=torch.Generator().manual_seed(0)) + 0.05
-    kaldi = audio._import_torchaudio().compliance.kaldi.fbank
+    kaldi = audio.import_torchaudio().compliance.kaldi.fbank
     wanted = [
         kaldi(
             (w - w.mean())[None], htk_compat=True, window_type="hanning", num_mel_bins=64, sample_frequency=rate,
@@ -700,5 +700,5 @@ def test_build_frontend():
         build_frontend(wrong)
     with pytest.raises(ValueError, match="normalize"):
         LogMel(normalize="batch")
-    with pytest.raises(ValueError, match="2 frames would do"):
+    with pytest.raises(ValueError, match="use 2 or more"):
         LogMel(num_frames=1)

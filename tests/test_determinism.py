@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import audiomaepp
-from audiomaepp.batches import augment, make_loader
+from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.features import build_frontend
@@ -95,7 +95,7 @@ def test_a_clip_has_one_embedding_in_any_company(frontend):
 
 def parts(seed=0):
     recordings, cfg = synthesize(n=3, classes=6), config(epochs=6, eval_every=3, seed=seed)
-    return cfg, make_loader(recordings, cfg), augment(cfg, build_frontend(cfg))
+    return cfg, ClipLoader(recordings, cfg), Augment(cfg, build_frontend(cfg))
 
 
 def slowly(row):
@@ -129,7 +129,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         torch.manual_seed(99)
         resumed = Trainer.resume(tmp_path / "killed", transform=transform, quiet=True, save_minutes=0)
         assert resumed.step == reached
-        resumed.fit(make_loader(synthesize(n=3, classes=6), cfg))
+        resumed.fit(ClipLoader(synthesize(n=3, classes=6), cfg))
         for name in ("checkpoint.safetensors", "model.safetensors"):
             assert_same(tmp_path / "killed" / name, tmp_path / "whole" / name)
         assert without_speed(resumed.history.rows) == without_speed(whole.history.rows)

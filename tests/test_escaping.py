@@ -19,7 +19,7 @@ import yaml
 import audiomaepp
 from audiomaepp import Run, lab
 from audiomaepp.config import Config
-from audiomaepp.data import Recordings, Skipped
+from audiomaepp.data import Recordings, Skipped, split
 from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.evaluate import Report
 from audiomaepp.maps import save_html_map
@@ -95,6 +95,11 @@ def recordings(text, folder):
     return Recordings(table, source=text)._repr_html_()
 
 
+def parts(text, folder):
+    table = pd.DataFrame({"path": [text, "b", "c", "d"], "label": [text, "b"] * 2}, dtype=object)
+    return split(Recordings(table), held_out=[0, 1])._repr_html_()
+
+
 def skipped(text, folder):
     return Skipped([(text, text)])._repr_html_()
 
@@ -167,7 +172,8 @@ def card_of(text, folder):
     return (folder / "README.md").read_text("utf-8")
 
 
-PAGES = [config, history, report, recordings, skipped, hits, comparison, shift, a_run, lab_report, html_map, model_card]
+PAGES = [config, history, report, recordings, parts, skipped, hits, comparison, shift, a_run, lab_report, html_map,
+         model_card]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import audiomaepp
-from audiomaepp.batches import UnreadableError, make_loader
+from audiomaepp.batches import ClipLoader, UnreadableError
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.features import build_frontend
@@ -329,7 +329,7 @@ FROM_FILES = Config.preset(
 
 def on_files(folder, run, when, cfg=FROM_FILES):
     "Train on files, and call `when(row)` after each epoch."
-    loader = make_loader(open_recordings(folder), cfg)
+    loader = ClipLoader(open_recordings(folder), cfg)
     trainer = Trainer(cfg, out_dir=run, transform=build_frontend(cfg), quiet=True, callback=when)
     return trainer, loader
 
@@ -364,7 +364,7 @@ def test_data_that_vanish_stop_the_run_with_a_list_and_a_checkpoint(folder, tmp_
     assert read_progress(tmp_path / "run" / "checkpoint.safetensors")["step"] == trainer.step >= 10
     folder.with_name("elsewhere").rename(folder)
     resumed = Trainer.resume(tmp_path / "run", transform=build_frontend(cfg), quiet=True)
-    resumed.fit(make_loader(open_recordings(folder), cfg))
+    resumed.fit(ClipLoader(open_recordings(folder), cfg))
     assert resumed.epoch == 4
 
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -40,6 +41,18 @@ def test_version_is_the_installed_one():
     from importlib.metadata import version
 
     assert audiomaepp.__version__ == version("audiomaepp")
+
+
+def test_a_wrong_path_is_reported_without_torch(tmp_path):
+    code = f"""
+        import sys
+        from audiomaepp.data import open_recordings
+        for path in {[str(tmp_path / "gone"), str(tmp_path)]!r}:
+            try: open_recordings(path)
+            except (FileNotFoundError, ValueError) as error: print(error)
+        print([m for m in ("torch", "torchaudio", "sklearn", "umap", "numba") if m in sys.modules])"""
+    missing, empty, loaded = python(textwrap.dedent(code)).splitlines()
+    assert "gone does not exist" in missing and "contains no audio" in empty and loaded == "[]"
 
 
 def test_a_module_is_there_without_its_import():
