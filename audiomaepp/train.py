@@ -177,9 +177,11 @@ def _labels(batch: dict, processes: _Processes) -> Tensor | None: # (B,) on the 
 
 # %% ../nbs/04_train.ipynb #a100001b
 class _Update(NamedTuple):
-    "One optimizer step."
+    "The measurements of one optimizer step, on the device."
 
-    outs: list[tuple[Output, int]] # output of the model for each batch, and its number of clips
+    losses: list[dict[str, Tensor]] # loss and its parts, for each batch
+    clips: int # number of clips
+    embeddings: Tensor # (B, D) of the last batch
     grad_norm: Tensor # () norm of the gradients before clipping
     finite: bool # whether loss and gradients are finite in all processes; if not, the weights did not change
 
@@ -212,7 +214,7 @@ class _Engine:
         self.processes.seed(self.cfg.seed, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        outs = []
+        losses, clips = [], 0
         for i, batch in enumerate(batches):
             spec = _spectrograms(batch, transform, self.device)
             labels = _labels(batch, self.processes)
@@ -223,13 +225,14 @@ class _Engine:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     out = self.model(spec, labels, view2=view2)
                 self.accelerator.backward(out.loss / len(batches))
-            outs.append((out, len(spec)))
+            losses.append({name: value.detach() for name, value in {"loss": out.loss, **out.losses}.items()})
+            clips += len(spec)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
-        finite = torch.stack([value.isfinite() for value in (norm, *(out.loss.detach() for out, _ in outs))]).all()
+        finite = torch.stack([value.isfinite() for value in (norm, *(parts["loss"] for parts in losses))]).all()
         if finite := not self.processes.highest(not finite)[0]:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return _Update(outs, norm, finite)
+        return _Update(losses, clips, out.embeddings.detach(), norm, finite)
 
 # %% ../nbs/04_train.ipynb #9e3796b4
 def _short(value) -> str:
@@ -317,10 +320,10 @@ class _Meter:
 
     def add(self, update: _Update):
         "Add one step: the losses of its batches, its clips and its gradient norm."
-        for out, clips in update.outs:
-            for name, value in {"loss": out.loss, **out.losses}.items():
-                self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.batches, self.clips = self.batches + 1, self.clips + clips
+        for losses in update.losses:
+            for name, value in losses.items():
+                self.sums[name] = self.sums.get(name, 0) + value
+        self.batches, self.clips = self.batches + len(update.losses), self.clips + update.clips
         self.grad_norm = update.grad_norm
 
     def row(self) -> dict:
@@ -347,7 +350,7 @@ def collapse_warning(
         problem = "use one dimension only"
     else:
         return ""
-    return f"the embeddings {problem} ({what}); use use_uniformity_loss=True or a lower base_lr"
+    return f"the embeddings {problem} ({what}); set use_uniformity_loss=True, or lower base_lr"
 
 # %% ../nbs/04_train.ipynb #a1000023
 @dataclass
@@ -476,7 +479,7 @@ class _Log:
         state.history.rows.append(row)
         self.meter.clear()
         if self.last and self.last.finite and state.step > self.warmup:
-            word = collapse_warning(self.last.outs[-1][0].embeddings)
+            word = collapse_warning(self.last.embeddings)
             if word and word[:40] not in self.warned:
                 self.warned.add(word[:40])
                 warnings.warn(f"step {state.step}: {word}", stacklevel=2)
@@ -842,9 +845,10 @@ class Trainer:
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
         unwrapped = self.accelerator.unwrap_model(self.model)
         self.state = _State(cfg, unwrapped, self.optimizer, world=self.processes.count)
-        self.history = self.state.history
         self.log = _Log(self.state, callback, quiet or not self.processes.is_main)
         self.saver = _Saver(self.state, out_dir, self.processes, save_minutes)
+
+    history = property(lambda self: self.state.history)
 
     @classmethod
     def resume(
@@ -884,4 +888,4 @@ class Trainer:
                 if due or item.late:
                     self.saver.save()
             _stop(self.log, self.saver, stop.signum)
-        return self.history
+        return state.history
