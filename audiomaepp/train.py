@@ -175,7 +175,7 @@ def _labels(batch: dict, processes: _Processes) -> Tensor | None: # (B,) on the 
     some = labels is not None and bool((labels >= 0).any())
     return labels.to(processes.device, non_blocking=True) if processes.highest(some)[0] else None
 
-# %% ../nbs/04_train.ipynb #a100001b
+# %% ../nbs/04_train.ipynb #a100001e
 class _Update(NamedTuple):
     "The measurements of one optimizer step, on the device."
 
@@ -185,7 +185,7 @@ class _Update(NamedTuple):
     grad_norm: Tensor # () norm of the gradients before clipping
     finite: bool # whether loss and gradients are finite in all processes; if not, the weights did not change
 
-
+# %% ../nbs/04_train.ipynb #a100001b
 class _Engine:
     "A model and its optimizer on their device, in each of several processes."
 
@@ -765,7 +765,7 @@ def _loader_errors():
             raise
         raise told from error
 
-# %% ../nbs/04_train.ipynb #a1000046
+# %% ../nbs/04_train.ipynb #a100004f
 class _Next(NamedTuple):
     "The next step of a run."
 
@@ -775,7 +775,7 @@ class _Next(NamedTuple):
     signum: int # number of the signal that stops the run; 0 without
     late: bool # whether a checkpoint is due
 
-
+# %% ../nbs/04_train.ipynb #a1000046
 class _Batches:
     "The batches of one process, grouped in steps."
 
