@@ -38,12 +38,13 @@ from audiomaepp.files import (
     read_json,
     write_atomic,
 )
-from .model import AudioMAEPlusPlus, check_shapes, cpu_state, read_tensors
+from .model import AudioMAEPlusPlus
 from .pooling import extract_embeddings
 from .pretrained import load_official
 from .source import Parts, Source, load_source, open_again, open_source, save_source
 from .train import History, Trainer, param_groups
 from .validation import without_validation
+from .weights import check_shapes, cpu_state, read_tensors
 
 # %% ../nbs/41_finetune.ipynb #25aa0007
 def _layer_groups(

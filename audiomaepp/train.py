@@ -34,8 +34,9 @@ from tqdm.auto import tqdm
 from .config import Config
 from .files import OutputError, Stopped, naming, only_writer, stopping, write_atomic
 from .losses import rankme, uniformity_loss
-from .model import AudioMAEPlusPlus, checked_progress, checked_tensors, cpu_state, need_finite
+from .model import AudioMAEPlusPlus
 from .tables import html_table, text_table
+from .weights import checked_progress, checked_tensors, cpu_state, need_finite
 
 # %% ../nbs/04_train.ipynb #84659884
 def cosine_lr(

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 import audiomaepp
 from audiomaepp.config import Config
 from audiomaepp.files import MARKER
-from audiomaepp.model import AudioMAEPlusPlus, cpu_state, split_by_noise
+from audiomaepp.model import AudioMAEPlusPlus, split_by_noise
 from audiomaepp.train import Trainer, _share, read_progress
+from audiomaepp.weights import cpu_state
 
 STEPS, HALF = 6, 4  # optimizer steps; clips in a process's batch
 
