@@ -112,7 +112,7 @@ def train_run(
     with _held(Path(out)) as out:
         if resume:
             trainer = Trainer.resume(out, quiet=quiet, epochs=cfg.epochs)
-            trainer.history = _renamed(trainer.history)
+            trainer.history.rows[:] = _renamed(trainer.history).rows
             cfg = trainer.cfg
             opened = open_again(out, cfg, quiet)
             on_main(lambda: claim(out, command, RUN_FILES, goes_on=True))

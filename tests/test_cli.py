@@ -24,7 +24,7 @@ from audiomaepp.files import MARKER
 from audiomaepp.finetune import Classifier
 from audiomaepp.lab import BASELINE, CHANCE, LOSSES, Comparison, design
 from audiomaepp.synthetic import synthesize
-from audiomaepp.train import Trainer
+from audiomaepp.train import Trainer, _Saver
 from audiomaepp.validation import Validation
 
 TINY = """--warmup-epochs 0 --batch-size 6 --embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32
@@ -208,13 +208,13 @@ def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypat
     out, flags = tmp_path / "stopped", ["--epochs", "2", "--eval-every", "1", *TINY]
     whole = tmp_path / "whole"
     cli.main(["train", "--data", str(sounds), "--out", str(whole), *flags])
-    save = Trainer._save
+    save = _Saver.save
 
-    def save_and_stop(self, epoch, batch):
-        save(self, epoch, batch)
+    def save_and_stop(self):
+        save(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save", save_and_stop)
+    monkeypatch.setattr(_Saver, "save", save_and_stop)
     assert refused("train", "--data", sounds, "--out", out, *flags) == 130
     monkeypatch.undo()
     (words,) = [line for line in capsys.readouterr().err.splitlines() if "audiomaepp train --resume" in line]

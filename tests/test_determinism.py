@@ -124,11 +124,11 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         cfg, loader, transform = parts()
         whole = Trainer(cfg, out_dir=tmp_path / "whole", transform=transform, quiet=True, save_minutes=0)
         whole.fit(loader)
-        total, reached = whole.step, read_progress(checkpoint)["step"]
+        total, reached = whole.state.step, read_progress(checkpoint)["step"]
         assert 4 <= reached < total
         torch.manual_seed(99)
         resumed = Trainer.resume(tmp_path / "killed", transform=transform, quiet=True, save_minutes=0)
-        assert resumed.step == reached
+        assert resumed.state.step == reached
         resumed.fit(ClipLoader(synthesize(n=3, classes=6), cfg))
         for name in ("checkpoint.safetensors", "model.safetensors"):
             assert_same(tmp_path / "killed" / name, tmp_path / "whole" / name)

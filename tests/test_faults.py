@@ -92,11 +92,11 @@ def test_one_bad_step_is_skipped_and_its_clips_are_named(tmp_path):
     trainer = Trainer(SMALL, out_dir=tmp_path, quiet=True)
     with pytest.warns(UserWarning, match=r"not finite at step 8, which is skipped; its clips: clip24\.wav, clip25"):
         history = trainer.fit(Toy(spoil=[(1, 3)]))
-    assert trainer.step == 12 and [bad["step"] for bad in trainer.bad_steps] == [8]
+    assert trainer.state.step == 12 and [bad["step"] for bad in trainer.state.bad_steps] == [8]
     assert all(np.isfinite(value) for row in history.rows for value in row.values())
     for name in ("checkpoint.safetensors", "model.safetensors"):
         assert finite(tmp_path / name)
-    assert read_progress(tmp_path / "checkpoint.safetensors")["bad_steps"] == trainer.bad_steps
+    assert read_progress(tmp_path / "checkpoint.safetensors")["bad_steps"] == trainer.state.bad_steps
     whole = trained()
     assert not all(torch.equal(whole[name], value) for name, value in trainer.model.state_dict().items())
 
@@ -302,7 +302,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_bit_for_bit(tmp_pat
     assert stopped["signum"] == getattr(signal, name)
     assert f"{name} stopped the training after step {batch + 1}; the checkpoint is in" in stopped["said"]
     trainer = Trainer.resume(tmp_path / "run", quiet=True)
-    assert trainer.step == batch + 1
+    assert trainer.state.step == batch + 1
     trainer.fit(Toy())
     whole = trained()
     assert all(torch.equal(whole[key], value) for key, value in trainer.model.state_dict().items())
@@ -361,11 +361,11 @@ def test_data_that_vanish_stop_the_run_with_a_list_and_a_checkpoint(folder, tmp_
     with pytest.raises(UnreadableError, match=r"of 40 training clips cannot be read any more; at most 4 may be lost"):
         trainer.fit(loader)
     assert (tmp_path / "run" / "skipped.csv").read_text().count("does not exist") > 4
-    assert read_progress(tmp_path / "run" / "checkpoint.safetensors")["step"] == trainer.step >= 10
+    assert read_progress(tmp_path / "run" / "checkpoint.safetensors")["step"] == trainer.state.step >= 10
     folder.with_name("elsewhere").rename(folder)
     resumed = Trainer.resume(tmp_path / "run", transform=build_frontend(cfg), quiet=True)
     resumed.fit(ClipLoader(open_recordings(folder), cfg))
-    assert resumed.epoch == 4
+    assert resumed.state.epoch == 4
 
 
 

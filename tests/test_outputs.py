@@ -341,14 +341,14 @@ def test_an_interrupted_fine_tuning_goes_on(tmp_path, model):
 STOPS = """
 import os, signal
 from audiomaepp.cli import main
-from audiomaepp.train import Trainer
-plain, saved = Trainer._save, []
-def save(self, *args):
-    plain(self, *args)
+from audiomaepp.train import _Saver
+plain, saved = _Saver.save, []
+def save(self):
+    plain(self)
     saved.append(1)
     if len(saved) == {after}:
         os.kill(os.getpid(), signal.SIGTERM)
-Trainer._save = save
+_Saver.save = save
 main()
 """
 

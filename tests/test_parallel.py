@@ -23,7 +23,7 @@ import audiomaepp
 from audiomaepp.config import Config
 from audiomaepp.files import MARKER
 from audiomaepp.model import AudioMAEPlusPlus, split_by_noise
-from audiomaepp.train import Trainer, read_progress
+from audiomaepp.train import Trainer, _share, read_progress
 from audiomaepp.weights import cpu_state
 
 STEPS, HALF = 6, 4  # optimizer steps; clips in a process's batch
@@ -108,7 +108,7 @@ def as_one_of_two(out):
         pass
     dist.barrier()
     resumed = Trainer.resume(out / "stopped", quiet=True, save_minutes=1e9)
-    found["resumed at"] = resumed.step
+    found["resumed at"] = resumed.state.step
     resumed.fit(batches(HALF))
     keep("resumed", resumed, [], torch.zeros(1, 1))
 
@@ -244,20 +244,19 @@ def test_a_run_of_two_goes_on_with_one(two, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two[1] / "stopped by content", folder)
     resumed = Trainer.resume(folder, model=MaskedByContent(config(HALF)), quiet=True)
-    assert (resumed.world, resumed.step) == (2, 3)
+    assert (resumed.state.world, resumed.state.step) == (2, 3)
     resumed.fit(batches(HALF))
-    assert resumed.step == resumed.total_steps == STEPS
+    assert resumed.state.step == resumed.schedule.total == STEPS
     whole = moved(load_file(two[1] / "given masks_0.safetensors"))
     assert (moved(resumed.model.state_dict()) - whole).norm() < 0.01 * whole.norm()
 
 
-def test_processes_that_cannot_share_a_step_are_refused(two):
-    trainer = Trainer.resume(two[1] / "whole", quiet=True, epochs=4)
-    trainer._plan(batches(HALF))
+def test_processes_that_cannot_share_a_step_are_refused():
+    step = batches(HALF)[:2]
     with pytest.raises(ValueError, match="8 clips .2 processes when it began., which 3 processes cannot .* 1, 2, 4"):
-        trainer._part(batches(HALF)[:2], rank=0, world=3)
-    parts = [trainer._part(batches(HALF)[:2], rank, world=4) for rank in range(4)]
-    assert torch.equal(torch.cat([p["spec"] for p in parts]), torch.cat([b["spec"] for b in batches(HALF)[:2]]))
+        _share(step, rank=0, count=3)
+    parts = [_share(step, rank, count=4) for rank in range(4)]
+    assert torch.equal(torch.cat([p["spec"] for p in parts]), torch.cat([b["spec"] for b in step]))
 
 
 def test_a_bad_batch_in_one_process_is_skipped_by_both(two):
