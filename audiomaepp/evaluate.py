@@ -504,7 +504,7 @@ def make_report(
         of_baseline = score(baseline[0], train_y, baseline[1], test_y)
         # geometry of another feature space is no baseline: only the accuracies can be compared
         shown = (*_ACCURACIES, "n_train", "n_test")
-        report.add("log-mel statistics (floor)", {c: of_baseline[c] for c in shown if c in of_baseline})
+        report.add("log-mel statistics", {c: of_baseline[c] for c in shown if c in of_baseline})
     if "knn" in scores:
         report.add("chance", dict.fromkeys(_ACCURACIES, chance(train_y, test_y)))
     return report

@@ -221,7 +221,7 @@ def write_card(
     return True
 
 # %% ../nbs/40_run.ipynb #0250242a
-BASELINE_ROW = "log-mel statistics (floor)"
+BASELINE_ROW = "log-mel statistics"
 
 
 def map_figure(

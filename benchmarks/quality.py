@@ -76,7 +76,7 @@ def baselines(source):
     """Scores of both baselines and of chance, for each part."""
     recordings = opened(source)
     recordings = recordings if source == "synthetic" else drop_unreadable(recordings, quiet=True)
-    rows = {"log-mel statistics (floor)": [], "the same in three segments": [], "chance": []}
+    rows = {"log-mel statistics": [], "the same in three segments": [], "chance": []}
     for part in parts_of(recordings):
         train, test = recordings if source == "synthetic" else split(recordings, **{column_of(recordings): part})[:2]
         kinds = (lambda r: baseline_features(r, range(len(r))), segment_statistics)
