@@ -90,7 +90,7 @@ def test_a_folder_is_not_embedded_twice_unless_it_changed(tmp_path):
     first = generate.embed_folder(folder, out, quiet=True)
     assert list(first["label"]) == ["dog"] * 3 + ["rain"] * 3 and (first["end"] == 0.7).all()
     embedded = []
-    plain, generate._embed = generate._embed, lambda *a: embedded.append(len(a[0])) or plain(*a)
+    plain, generate.encoder.embed = generate.encoder.embed, lambda *a: embedded.append(len(a[0])) or plain(*a)
     try:
         again = generate.embed_folder(folder, out, quiet=True)
         assert not embedded and again["embedding"].map(tuple).equals(first["embedding"].map(tuple))
@@ -100,13 +100,13 @@ def test_a_folder_is_not_embedded_twice_unless_it_changed(tmp_path):
         broken.write_bytes(b"no sound any more")
         table = generate.embed_folder(folder, out, quiet=True)
     finally:
-        del generate._embed
+        del generate.encoder.embed
     assert sum(embedded) == 2 and len(table) == 4  # two windows of one second
     assert table.set_index("path").loc[str(changed), "end"] == 1.0 and str(gone) not in set(table["path"])
     assert [path for path, _ in table.attrs["skipped"]] == [str(broken)]
-    with pytest.raises(ValueError, match="was written with rows recordings, not windows"):
+    with pytest.raises(ValueError, match="must hold embeddings with rows windows, got rows recordings"):
         generate.embed_folder(folder, out, quiet=True, windows=True)
-    with pytest.raises(ValueError, match="was written with model"):
+    with pytest.raises(ValueError, match="must hold embeddings with model"):
         generator(depth=2).embed_folder(folder, out, quiet=True)
 
 
@@ -151,17 +151,17 @@ def test_the_table_is_as_it_is_now(tmp_path):
     generate.embed_folder(tmp_path / "a.csv", out, quiet=True)
     late = pd.DataFrame({"path": [*paths, paths[0]], "label": ["dog", "dog", "rain", "bark"]})
     late.assign(site=["a", "1", None, "2.5"]).to_csv(tmp_path / "b.csv", index=False)
-    generate._embed = lambda *a: pytest.fail("embedded again")
+    generate.encoder.embed = lambda *a: pytest.fail("embedded again")
     try:
         table = generate.embed_folder(tmp_path / "b.csv", out, quiet=True)
     finally:
-        del generate._embed
+        del generate.encoder.embed
     ours, given = (sorted(zip(t["path"], t["label"], strict=True)) for t in (table, late))
     assert ours == given and sorted(table["site"].dropna()) == ["1", "2.5", "a"]
-    with pytest.raises(ValueError, match="2 recordings that are not among these"):
+    with pytest.raises(ValueError, match="only recordings of this call, got 2 others"):
         late[:1].to_csv(tmp_path / "c.csv", index=False)
         generate.embed_folder(tmp_path / "c.csv", out, quiet=True)
-    with pytest.raises(ValueError, match="a column 'start', which is added here"):
+    with pytest.raises(ValueError, match="must have no column 'start', which is added here"):
         late.assign(start=0.0).to_csv(tmp_path / "d.csv", index=False)
         generate.embed_folder(tmp_path / "d.csv", quiet=True)
 
@@ -169,17 +169,17 @@ def test_the_table_is_as_it_is_now(tmp_path):
 def test_a_file_that_is_touched_meanwhile_stays(tmp_path):
     """A tagger that runs at the same time would make recordings vanish without a word."""
     folder, generate = sounds(tmp_path / "in", 3), generator()
-    plain = generate._embed
+    plain = generate.encoder.embed
 
     def touching(*args):
         os.utime(folder / "dog" / "00000.wav", ns=(1, 1))
         return plain(*args)
 
-    generate._embed = touching
+    generate.encoder.embed = touching
     try:
         assert len(generate.embed_folder(folder, tmp_path / "x.parquet", quiet=True)) == 3
     finally:
-        del generate._embed
+        del generate.encoder.embed
 
 
 WORK = """
@@ -208,7 +208,7 @@ def killed_twice(tmp_path, n):
         process.send_signal(signal.SIGKILL)
         process.wait()
         left.append(len(list(tmp_path.glob("x.parquet.parts/*.parquet"))))
-    assert not out.exists(), "it was done before it was killed; more files would do"
+    assert not out.exists(), "it was finished before it was killed; use more files"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     return folder, pd.read_parquet(out), left
 

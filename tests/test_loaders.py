@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
-from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.embed import EmbeddingGenerator, WindowEncoder
 from audiomaepp.finetune import Classifier
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official
@@ -236,14 +236,14 @@ def test_a_damaged_part_is_found_before_hours_of_embedding(folder):
 
 def test_an_embedding_that_is_not_finite_is_never_written(folder, monkeypatch, tmp_path):
     """A table with one NaN row cannot be searched, and the next call would refuse it."""
-    plain = EmbeddingGenerator._embed
+    plain = WindowEncoder.embed
 
     def overflowing(self, wav, lengths, pooling_mode):
         vectors = plain(self, wav, lengths, pooling_mode)
         vectors[wav.std(dim=1).argmin()] = float("inf")
         return vectors
 
-    monkeypatch.setattr(EmbeddingGenerator, "_embed", overflowing)
+    monkeypatch.setattr(WindowEncoder, "embed", overflowing)
     embed = EmbeddingGenerator(folder / "run", "cpu")
     table = embed.embed_folder(folder / "sounds", tmp_path / "x.parquet", quiet=True)
     ((path, reason),) = table.attrs["skipped"]

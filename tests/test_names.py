@@ -220,13 +220,13 @@ def test_a_table_goes_on(table, run, sounds, tmp_path, monkeypatch):
         os.symlink(path, os.path.join(tmp_path / "in", os.path.basename(path)))
     write(os.path.join(os.fsencode(tmp_path), b"in", b"plain.wav"))
     generator, out, embedded = EmbeddingGenerator(run), tmp_path / "x.parquet", []
-    whole = generator._embed
-    monkeypatch.setattr(generator, "_embed", lambda *a: embedded.append(len(a[0])) or whole(*a))
-    monkeypatch.setattr("audiomaepp.embed._Store.finish", lambda *a: 1 / 0)  # killed before the end
+    whole = generator.encoder.embed
+    monkeypatch.setattr(generator.encoder, "embed", lambda *a: embedded.append(len(a[0])) or whole(*a))
+    monkeypatch.setattr("audiomaepp.store.EmbeddingStore.finish", lambda *a: 1 / 0)  # killed before the end
     with pytest.raises(ZeroDivisionError):
         generator.embed_folder(tmp_path / "in", out, quiet=True)
     monkeypatch.undo()
-    monkeypatch.setattr(generator, "_embed", lambda *a: embedded.append(len(a[0])) or whole(*a))
+    monkeypatch.setattr(generator.encoder, "embed", lambda *a: embedded.append(len(a[0])) or whole(*a))
     before = sum(embedded)
     assert len(generator.embed_folder(tmp_path / "in", out, quiet=True)) == 6 and sum(embedded) == before
     late = write(os.path.join(os.fsencode(tmp_path), b"in", b"n\xe9.wav"), 9)

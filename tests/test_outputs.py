@@ -177,7 +177,7 @@ def test_tables_of_others_stay(model, sounds, tmp_path):
     line = ["embed", model, "--data", sounds, "--out", table]
     pd.DataFrame({"path": ["a.wav"], "note": ["mine"]}).to_parquet(table)
     before = contents(tmp_path)
-    assert "was not written by audiomaepp embed" in refused(*line) and contents(tmp_path) == before
+    assert "must be a table that audiomaepp wrote" in refused(*line) and contents(tmp_path) == before
     table.write_bytes(b"no Parquet at all")
     assert str(table) in refused(*line)
     assert table.read_bytes() == b"no Parquet at all"
@@ -280,17 +280,17 @@ SLOW = """
 import sys, time
 from audiomaepp import embed
 from audiomaepp.cli import main
-plain = embed._Windows._embed
+plain = embed.WindowEncoder.embed
 def slow(self, *args):
     print("batch", flush=True)
     time.sleep(0.05)
     return plain(self, *args)
-embed._Windows._embed = slow
-init = embed._Windows.__init__
+embed.WindowEncoder.embed = slow
+init = embed.EmbeddingGenerator.__init__
 def small(self, *args, **options):
     init(self, *args, **options)
     self.batch_size = 2
-embed._Windows.__init__ = small
+embed.EmbeddingGenerator.__init__ = small
 main()
 """
 
@@ -312,8 +312,9 @@ def test_a_signal_saves_what_was_embedded(signum, model, sounds, tmp_path, monke
     assert "same command" in said.splitlines()[-1]
     kept = sum(len(pd.read_parquet(part)) for part in tmp_path.glob("x.parquet.parts/*.parquet"))
     assert 10 <= kept < 60 and not out.exists()
-    plain, again = embed._Windows._embed, []
-    monkeypatch.setattr(embed._Windows, "_embed", lambda self, *args: again.append(len(args[0])) or plain(self, *args))
+    plain, again = embed.WindowEncoder.embed, []
+    monkeypatch.setattr(embed.WindowEncoder, "embed",
+                        lambda self, *args: again.append(len(args[0])) or plain(self, *args))
     cli.main([str(word) for word in args])
     assert sum(again) == 60 - kept, "nothing is embedded twice"
     assert len(pd.read_parquet(out)) == 60 and sorted(os.listdir(tmp_path)) == ["sounds", "x.parquet"]
