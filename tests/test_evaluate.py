@@ -103,7 +103,7 @@ def test_how_classes_are_called_does_not_matter():
     numbers, words = evaluate_embeddings(*clouds()), evaluate_embeddings(train_x, names[train_y], test_x, names[test_y])
     assert numbers["linear"] == pytest.approx(words["linear"], abs=0.011) # classes are in another order
     assert all(numbers[k] == pytest.approx(words[k]) for k in numbers if k != "linear")
-    with pytest.raises(ValueError, match="one holds numbers, the other names"):
+    with pytest.raises(ValueError, match="must be of one kind, got numbers and names"):
         knn_accuracy(train_x, names[train_y], test_x, test_y)
 
 
@@ -145,12 +145,12 @@ def test_any_array_will_do(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(train_y=[0, 1]), r"train_y has shape \(2,\), but there are 300 embeddings"),
-        (dict(train_x=np.zeros((0, 32)), train_y=[]), r"train_x has shape \(0, 32\)"),
-        (dict(test_x=np.zeros(32)), r"test_x has shape \(32,\)"),
-        (dict(test_x=np.full((100, 32), np.inf)), "test_x has NaN or infinity in 100 of 100 rows"),
-        (dict(test_x=np.zeros((100, 31))), "has 31 dimensions, train_x 32"),
-        (dict(test_y=np.full(100, 0.5)), "test_y holds float64 values"),
+        (dict(train_y=[0, 1]), r"train_y must hold one label for each of 300 .*, got shape \(2,\)"),
+        (dict(train_x=np.zeros((0, 32)), train_y=[]), r"train_x must have shape .*, got \(0, 32\)"),
+        (dict(test_x=np.zeros(32)), r"test_x must have shape .*, got \(32,\)"),
+        (dict(test_x=np.full((100, 32), np.inf)), "test_x must hold finite .* NaN or infinity in 100 of 100 rows"),
+        (dict(test_x=np.zeros((100, 31))), "must have the 32 dimensions of train_x, got 31"),
+        (dict(test_y=np.full(100, 0.5)), "test_y must hold whole numbers or names, got float64"),
     ],
 )
 def test_a_bad_argument_is_named(change, message):
@@ -215,13 +215,42 @@ def test_an_unlabelled_report_holds_what_needs_no_label():
     assert "n_test" in Report("x").add("a", {"n_test": 3}).to_json()
 
 
+def report_of(model, baseline, n_test=80):
+    report = Report("80 held-out clips").add("this model", {**model, "n_test": n_test})
+    return report.add("log-mel statistics", baseline).add("chance", {"knn": 0.1, "linear": 0.1})
+
+
+def test_a_model_at_or_below_a_baseline_is_said_so():
+    """A model that only ties with four statistics of a spectrogram has learned nothing, whatever its loss."""
+    for model in ({"knn": 0.75}, {"knn": 0.75, "linear": 0.99}, {"knn": 0.6, "linear": 0.5}):
+        said = report_of(model, {"knn": 0.75, "linear": 0.5}).verdict()
+        assert said.startswith("This model is not above the best baseline (kNN-10 0.") and said.count(". ") == 0
+        assert "of log-mel statistics" in said and "semantic" in said and "words" in said and "labels" in said
+    worst = Report("x").add("this model", {"knn": 0.3}).add("statistics", {"knn": 0.1}).add("chance", {"knn": 0.5})
+    assert "0.30 against 0.50 of chance" in worst.verdict()
+
+
+def test_a_lead_within_the_interval_is_called_that():
+    said = report_of({"knn": 0.80, "linear": 0.99}, {"knn": 0.75, "linear": 0.5}).verdict(["longer training"])
+    assert said == ("This model is above the best baseline, but within the interval "
+                    "(kNN-10 0.80 against 0.75 of log-mel statistics); try longer training.")
+    low, _ = wilson_interval(0.80, 80)
+    assert low < 0.75
+
+
+def test_nothing_is_said_of_a_clear_lead_or_without_labels():
+    assert report_of({"knn": 0.95, "linear": 0.97}, {"knn": 0.75, "linear": 0.8}).verdict() == ""
+    assert Report("x").add("this model", {"rankme": 9.0, "n_test": 80}).verdict() == Report("x").verdict() == ""
+
+
 def test_statistics_of_clips_that_differ_in_length():
     clips = [np.random.default_rng(i).normal(size=(t, 8)).astype(np.float32) for i, t in enumerate((50, 1, 7))]
     stats = logmel_statistics(clips)
     assert stats.shape == (3, 32) and np.isfinite(stats).all()
     np.testing.assert_allclose(stats[2, :8], clips[2].mean(0), atol=1e-5)
     np.testing.assert_allclose(stats[2, 16:24], np.diff(clips[2], axis=0).std(0), atol=1e-5)
-    for bad, message in (([], "no spectrograms"), ([np.zeros((0, 8))], r"spectrogram 0 has shape \(0, 8\)")):
+    empty = [np.zeros((0, 8))]
+    for bad, message in (([], "at least one spectrogram, got none"), (empty, r"spectrogram 0 must .*, got \(0, 8\)")):
         with pytest.raises(ValueError, match=message):
             logmel_statistics(bad)
 

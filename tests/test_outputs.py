@@ -183,7 +183,7 @@ def test_tables_of_others_stay(model, sounds, tmp_path):
     assert table.read_bytes() == b"no Parquet at all"
     table.unlink()
     table.mkdir()
-    assert "is a folder; name a file" in refused(*line)
+    assert "must be a file, got a folder" in refused(*line)
     table.rmdir()
     (tmp_path / "x.skipped.csv").write_text("path,reason for my choice\n")
     assert "x.skipped.csv exists" in refused(*line)
