@@ -15,6 +15,23 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .embed import EmbeddingGenerator
 
+# %% ../nbs/52_estimator.ipynb #23e00002
+def as_recordings(
+    estimator: BaseEstimator, # the transformer, for scikit-learn's checks
+    X, # recordings: paths, bytes, samples; or one array (n, samples)
+    reset: bool = False, # whether this is the X of `fit`
+) -> list:
+    "Return X as a list of recordings; an array of numbers passes scikit-learn's checks first."
+    array = np.asarray(X) if hasattr(X, "__array__") else X
+    numbers = isinstance(array, np.ndarray) and (array.dtype.kind in "biufc" or array.ndim > 1)
+    nested = isinstance(X, list) and bool(X) and isinstance(X[0], list)  # scikit-learn reads it as an array
+    if numbers or nested or hasattr(X, "toarray") or isinstance(X, str | bytes | os.PathLike):
+        return list(validate_data(estimator, X, reset=reset, dtype=np.float32))
+    X = list(array)
+    if not X:
+        raise ValueError("X must hold at least one recording, got none; use a list of paths, bytes or samples")
+    return X
+
 # %% ../nbs/52_estimator.ipynb #70dbb002
 class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
     "Recordings → embeddings, as a scikit-learn transformer."
@@ -25,7 +42,7 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
         pooling_mode=None, # "cls", "mean", "cls+mean" or "frame"; the config's when left out
         sample_rate=None, # Hz of samples in X; the model's own when left out
         device=None, # a GPU if there is one, when left out
-        batch_size=32, # windows at a time
+        batch_size=32, # windows per batch
     ):
         self.model, self.pooling_mode, self.sample_rate = model, pooling_mode, sample_rate
         self.device, self.batch_size = device, batch_size
@@ -33,12 +50,12 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
     def fit(
         self,
         X, # recordings: paths, bytes, samples; or one array (n, samples)
-        y=None, # not looked at
+        y=None, # ignored
     ):
-        "Load the model and look at the recordings' form; nothing is learnt."
+        "Load the model and check the form of the recordings; nothing is learned."
         if self.model is None:
-            raise ValueError("model=None embeds nothing; a model, or the folder of one, would do")
-        X = self._recordings(X, reset=True)
+            raise ValueError("model must be a model, its folder or a repository of the Hub, got None; use model=…")
+        as_recordings(self, X, reset=True)
         self.n_features_out_ = len(self._generator().extract_embedding(torch.zeros(1), pooling_mode=self.pooling_mode))
         return self
 
@@ -46,23 +63,12 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
         self,
         X, # recordings: paths, bytes, samples; or one array (n, samples)
     ) -> np.ndarray: # (n, D) float32
-        "The embedding of each recording. Raises `AudioError` for a file that is no use."
+        "Return the embedding of each recording; raise `AudioError` for a file that cannot be decoded."
         check_is_fitted(self)
-        return self._generator().extract_embedding(self._recordings(X), self.sample_rate, self.pooling_mode)
-
-    def _recordings(self, X, reset: bool = False) -> list:
-        "X as a list of recordings; an array of numbers is checked as scikit-learn checks arrays."
-        array = np.asarray(X) if hasattr(X, "__array__") else X
-        numbers = isinstance(array, np.ndarray) and (array.dtype.kind in "biufc" or array.ndim > 1)
-        if numbers or hasattr(X, "toarray") or isinstance(X, str | bytes | os.PathLike) or _is_nested(X):
-            return list(validate_data(self, X, reset=reset, dtype=np.float32))
-        X = list(array)
-        if not X:
-            raise ValueError("X holds no recordings; at least one would do")
-        return X
+        return self._generator().extract_embedding(as_recordings(self, X), self.sample_rate, self.pooling_mode)
 
     def _generator(self) -> EmbeddingGenerator:
-        "The generator, made when it is first needed and again when a parameter has changed."
+        "Return the generator; make it at first need, and again when a parameter has changed."
         model, *how = getattr(self, "_made", (None, None, None, None))
         if model is not self.model or how[:2] != [self.device, self.batch_size]:
             generator = EmbeddingGenerator(self.model, self.device, self.batch_size)
@@ -78,12 +84,6 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
         return {k: v for k, v in super().__getstate__().items() if k != "_made"}
 
     def get_feature_names_out(self, input_features=None) -> np.ndarray: # (D,) of str
-        "audiomae0, audiomae1, …"
+        "Return audiomae0, audiomae1, …"
         check_is_fitted(self)
         return np.array([f"audiomae{i}" for i in range(self.n_features_out_)], dtype=object)
-
-
-def _is_nested(X) -> bool:
-    "Whether X is a list of lists, which scikit-learn takes for an array."
-    return isinstance(X, list) and bool(X) and isinstance(X[0], list)
-
