@@ -67,7 +67,7 @@ class Hits:
         clips = zip(paths_of(self.table), self.table.get("start", [0.0] * len(self)), strict=True)
         cells["play"] = [_player(*clip) if number < 12 else "" for number, clip in enumerate(clips)]  # sounds are large
         with pd.option_context("display.max_colwidth", None):
-            return cells.to_html(index=False, escape=False, border=0)
+            return cells.to_html(index=False, escape=False, border=0, formatters=[str] * cells.shape[1])
 
 # %% ../nbs/22_search.ipynb #22e00006
 def _resolved(paths) -> np.ndarray: # (n,) of str
