@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .files import write_atomic
 from .losses import alignment, rankme, uniformity_loss
-from .tables import html_table, text_table
+from .tables import escape, html_table, text_table
 
 # %% ../nbs/21_evaluate.ipynb #009f647c
 def _matrix(
@@ -471,6 +471,7 @@ class Report:
     protocol: str # what was held out: "fold 5 held out: 320 train / 80 test"
     rows: dict[str, dict[str, float]] = field(default_factory=dict) # name → scores; the model first
     level: float = 0.95 # level of the intervals
+    hints: Sequence[str] = () # what to try if the model is not above the baselines; then the verdict is shown
 
     def add(
         self,
@@ -491,7 +492,8 @@ class Report:
     def to_dict(self) -> dict:
         "Return the protocol and, per row, each score; accuracies with `_low` and `_high` when `n_test` is known."
         rows = {name: _with_intervals(scores, self.level) for name, scores in self.rows.items()}
-        return {"protocol": self.protocol, "level": self.level, "rows": rows}
+        verdict = {"verdict": self.verdict(self.hints)} if self.hints else {}
+        return {"protocol": self.protocol, "level": self.level, "rows": rows, **verdict}
 
     def to_json(
         self,
@@ -512,12 +514,14 @@ class Report:
         return _write(table.to_csv(index=False, lineterminator="\n"), path)
 
     def __str__(self) -> str:
-        return text_table(self.protocol, _report_cells(self.rows, self.level))
+        said = self.verdict(self.hints) if self.hints else ""
+        return "\n".join(filter(None, [text_table(self.protocol, _report_cells(self.rows, self.level)), said]))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(self.protocol, _report_cells(self.rows, self.level))
+        said = self.verdict(self.hints) if self.hints else ""
+        return html_table(self.protocol, _report_cells(self.rows, self.level)) + f"<p>{escape(said)}</p>" * bool(said)
 
 # %% ../nbs/21_evaluate.ipynb #421ca834
 def make_report(

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-ELSEWHERE = {"Pipeline", "GridSearchCV"}  # scikit-learn's
+ELSEWHERE = {"ConfusionMatrixDisplay", "Pipeline", "GridSearchCV"}  # scikit-learn's
 
 
 def cells(book, kind):
