@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from audiomaepp import Config, Run
+from audiomaepp import Config, Run, train
 from audiomaepp.run import hints
 from audiomaepp.source import load_source
 from audiomaepp.synthetic import synthesize
@@ -66,13 +66,13 @@ def test_an_interrupted_run_continues(run, sounds, tmp_path, monkeypatch):
     "Killed after the first epoch, called again: the same weights as in one go."
     flags = dict(fold=2, quiet=True, **TINY | dict(epochs=2, eval_every=1))
     whole = Run.train(sounds, out=tmp_path / "whole", **flags)
-    fit = Trainer.fit
+    save = train._Saver.save
 
-    def killed(self, *args, **kwargs):
-        self.callback = lambda row: row["epoch"] == 2 and (_ for _ in ()).throw(KeyboardInterrupt)
-        return fit(self, *args, **kwargs)
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "fit", killed)
+    monkeypatch.setattr(train._Saver, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         Run.train(sounds, out=tmp_path / "cut", **flags)
     assert "run.resume() continues" in repr(Run(tmp_path / "cut"))
@@ -193,10 +193,7 @@ def test_embed_is_reused_and_search_finds_itself(run, sounds, monkeypatch):
     clip = sounds.parent / "04.wav"
     hits = run.search(clip, k=3, quiet=True)
     assert len(hits.table) == 3 and table["label"].iloc[4] in repr(hits)
-    from audiomaepp.embed import EmbeddingGenerator
-
-    count, plain = [], EmbeddingGenerator.embed_windows
-    monkeypatch.setattr(EmbeddingGenerator, "embed_windows", lambda *a, **k: count.append(1) or plain(*a, **k))
+    monkeypatch.setattr("audiomaepp.embed.WindowEncoder.embed", lambda *args: pytest.fail("embedded again"))
     again = run.embed(quiet=True)
     assert np.array_equal(np.stack(again["embedding"]), np.stack(table["embedding"]))
 
