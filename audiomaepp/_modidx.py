@@ -679,7 +679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'audiomaepp/pretrained.py')},
             'audiomaepp.report': { 'audiomaepp.report.Drawn': ('report.html#drawn', 'audiomaepp/report.py'),
                                    'audiomaepp.report.Entry': ('report.html#entry', 'audiomaepp/report.py'),
-                                   'audiomaepp.report.Image': ('report.html#image', 'audiomaepp/report.py'),
+                                   'audiomaepp.report.Panel': ('report.html#panel', 'audiomaepp/report.py'),
                                    'audiomaepp.report.Shift': ('report.html#shift', 'audiomaepp/report.py'),
                                    'audiomaepp.report.Shift.__repr__': ('report.html#shift.__repr__', 'audiomaepp/report.py'),
                                    'audiomaepp.report.Shift._repr_html_': ('report.html#shift._repr_html_', 'audiomaepp/report.py'),
