@@ -128,6 +128,8 @@ def test_pooling_needs_no_training_of_its_own(sounds, monkeypatch):
     (grid(mask_ratio=[0.5, 1.5]), "mask_ratio"),
     ({"a": {"seed": 1}}, "seeds="),
     ({"chance": {}}, "chance"),
+    ({BASELINE: {}}, BASELINE),
+    ({"log-mel statistics (floor)": {}}, "another row"),  # the folder of the baseline in version 0.1
     ({"a": 3}, "settings=.* must hold"),
     ([{"mask_ratio": 0.5}, {"mask_ratio": 0.5}], "twice"),
     ({}, "settings=.* must hold"),
@@ -573,6 +575,7 @@ def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
     assert f"held-out clips: {comparison.experiment.protocol}" in figure.get_suptitle()
     assert len(comparison.plot("pitch", ["neither", "both · cls"], seed=1).axes) == 3  # two maps and a color bar
     assert len(comparison.maps) == 2 and comparison.plot("tempo") and len(comparison.maps) == 2
+    assert Comparison.plot is Comparison.map and Comparison.to_html is Comparison.report
     for arguments, words in [(("color",), "not a column"), (("label", ["non"]), "not a row")]:
         with pytest.raises(ValueError, match=words):
             comparison.plot(*arguments)
