@@ -30,7 +30,7 @@ from audiomaepp.config import Config
 from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.finetune import Classifier
-from audiomaepp.lab import Comparison, Result, design
+from audiomaepp.lab import Comparison, Result, class_codes, design
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official, read_weights
 from audiomaepp.search import SoundIndex
@@ -165,7 +165,7 @@ def _searched(folder):
 
 def _compared(folder):
     comparison = Comparison.load(folder / "lab")
-    str(comparison), comparison._repr_html_(), comparison.labels
+    str(comparison), comparison._repr_html_(), class_codes(comparison)
     return [result.x for result in [comparison.baseline, *comparison.results]]
 
 

@@ -539,7 +539,7 @@ def test_another_comparison_does_not_go_into_the_folder(compared, compare, monke
     no_training(monkeypatch)
     before = contents(compared[0])
     message = refused(*compare, "--out", compared[0], "--mask-ratio", "0.7")
-    assert "another comparison" in message and "mask_ratio was 0.5 and is 0.7" in message
+    assert "another comparison" in message and "mask_ratio is 0.5 in the folder and 0.7 now" in message
     assert contents(compared[0]) == before
 
 

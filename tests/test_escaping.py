@@ -24,6 +24,7 @@ from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.evaluate import Report
 from audiomaepp.maps import save_html_map
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.report import Shift
 from audiomaepp.run import Figures
 from audiomaepp.search import Hits
 from audiomaepp.source import Source
@@ -208,7 +209,7 @@ def test_every_class_that_shows_itself_as_html_is_tried():
                if m.name != "__main__"]  # fmt: skip
     classes = {cls for module in modules for name, cls in inspect.getmembers(module, inspect.isclass)
                if cls.__module__ == module.__name__ and name[0] != "_" and hasattr(cls, "_repr_html_")}  # fmt: skip
-    tried = {Config, History, Report, Recordings, Skipped, Hits, Run, lab.Comparison, lab.Shift}
+    tried = {Config, History, Report, Recordings, Skipped, Hits, Run, lab.Comparison, Shift}
     assert classes - {AudioMAEEmbedder, Figures} == tried  # scikit-learn shows the first; the other is pictures alone
 
 

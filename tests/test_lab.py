@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 import audiomaepp
-from audiomaepp import lab
+from audiomaepp import lab, report
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings
 from audiomaepp.evaluate import wilson_interval
@@ -128,9 +128,11 @@ def test_pooling_needs_no_training_of_its_own(sounds, monkeypatch):
     (grid(mask_ratio=[0.5, 1.5]), "mask_ratio"),
     ({"a": {"seed": 1}}, "seeds="),
     ({"chance": {}}, "chance"),
-    ({"a": 3}, "would do"),
+    ({BASELINE: {}}, BASELINE),
+    ({"log-mel statistics (floor)": {}}, "another row"),  # the folder of the baseline in version 0.1
+    ({"a": 3}, "settings=.* must hold"),
     ([{"mask_ratio": 0.5}, {"mask_ratio": 0.5}], "twice"),
-    ({}, "would do"),
+    ({}, "settings=.* must hold"),
 ])  # fmt: skip
 def test_a_bad_setting_fails_before_anything_is_opened_or_trained(settings, words, monkeypatch):
     no_training(monkeypatch)
@@ -234,7 +236,7 @@ def test_a_folder_takes_more_seeds_and_settings_and_trains_only_those(sounds, tm
 def test_a_setting_that_changes_the_order_of_the_clips_is_not_added(sounds, tmp_path):
     options = dict(base=config(epochs=1), out=tmp_path, quiet=True)
     compare_losses(sounds, {"neither": TWO["neither"]}, **options)
-    with pytest.raises(ValueError, match="in pairs of a class was False and is True"):
+    with pytest.raises(ValueError, match="in pairs of a class is False in the folder and True now"):
         compare_losses(sounds, TWO, **options)
 
 
@@ -247,7 +249,7 @@ def test_results_of_another_version_can_be_read_but_not_mixed(comparison, sounds
     finished = compare_losses(sounds, TWO, (0, 1), **same)
     assert finished.experiment.versions["torch"] == Comparison.load(tmp_path).experiment.versions["torch"] == "1.0"
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="versions.torch was '1.0' and is .*Comparison.load.* another folder"):
+    with pytest.raises(ValueError, match="versions.torch is '1.0' in the folder .*Comparison.load.* another folder"):
         compare_losses(sounds, TWO, (0, 1, 2), **same)
     with pytest.raises(ValueError, match="versions.torch"):
         comparison.save(tmp_path)
@@ -295,7 +297,7 @@ def test_parts_opened_apart_get_common_classes(sounds, tmp_path):
     train = write(tmp_path / "train", sounds.select(sounds.labels != 0))
     test = write(tmp_path / "test", synthesize(n=3, classes=4, seed=5))
     result = compare_losses((train, test), {"neither": LOSSES["neither"]}, base=config(epochs=1), quiet=True)
-    assert [result.experiment.classes[i] for i in result.labels] == list(result.held_out["label"])
+    assert [result.experiment.classes[i] for i in lab.class_codes(result)] == list(result.held_out["label"])
     names = np.array(result.experiment.classes)[result.results[0].predicted]
     assert result.results[0].scores["knn"] == pytest.approx((names == result.held_out["label"]).mean())
 
@@ -355,7 +357,7 @@ def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, 
     assert len(halfway.unfinished) == 4 and "not finished: “neither” (seed 0)" in str(halfway) + halfway._repr_html_()
     assert "not finished" in halfway.to_html(tmp_path / "report.html", pictures=False).read_text()
     lab.run_folder(tmp_path, BASELINE, 0).joinpath("results.json").unlink()
-    with pytest.raises(ValueError, match="goes on with it"):
+    with pytest.raises(ValueError, match="continue it with compare_losses"):
         Comparison.load(tmp_path)
 
 
@@ -402,7 +404,7 @@ def test_a_best_is_named_only_beyond_the_spread(comparison):
     assert verdict(clear).clear and "★ 0.90" in str(clear)
     assert (verdict(clear).best, verdict(clear).second) == ("both · mean", "neither · mean")
     close = with_scores(comparison, "knn", {"neither": (0.6, 0.6), "both": (0.7, 0.7)})
-    assert not verdict(close).clear and f"{clips} held-out clips" in str(close) and "within the spread" in str(close)
+    assert not verdict(close).clear and f"{clips} held-out clips" in str(close) and "within the margin" in str(close)
     loose = with_scores(comparison, "knn", {"neither": (0.0, 1.0), "both": (1.0, 1.0)})
     assert not verdict(loose).clear and "2 seeds" in str(verdict(loose)) and "★ 1.00" not in str(loose)
 
@@ -423,7 +425,7 @@ def test_few_seeds_must_differ_by_more_than_many(comparison):
 
 def test_one_seed_names_no_best(comparison):
     one = with_scores(comparison, "knn", {"neither": (0.1,), "both": (0.9,)})
-    assert not verdict(one).clear and "★" not in str(one) and "one seed does not tell" in str(verdict(one))
+    assert not verdict(one).clear and "★" not in str(one) and "one seed cannot show" in str(verdict(one))
 
 
 def test_rows_that_are_equal_are_called_so(comparison):
@@ -432,11 +434,9 @@ def test_rows_that_are_equal_are_called_so(comparison):
 
 
 def test_many_rows_are_counted_and_few_are_named():
-    from audiomaepp.lab import _who
-
     rows = [f"row {i}" for i in range(9)]
-    assert (_who(rows, 9), _who(rows[:6], 9)) == ("all are", "6 of 9 are")
-    assert (_who(rows[:1], 9), _who(rows[:2], 9)) == ("“row 0” is", "“row 0” and “row 1” are")
+    assert (report.who_of(rows, 9), report.who_of(rows[:6], 9)) == ("all are", "6 of 9 are")
+    assert (report.who_of(rows[:1], 9), report.who_of(rows[:2], 9)) == ("“row 0” is", "“row 0” and “row 1” are")
 
 
 def test_the_baseline_is_put_in_words(comparison):
@@ -446,11 +446,11 @@ def test_the_baseline_is_put_in_words(comparison):
         return next(line for line in remarks if line.startswith(f"kNN-10, baseline {baseline:.2f}: "))
 
     assert said(0.3, 0.4, 0.75).endswith("all are below it")
-    assert said(0.9, 1.0, 0.1).endswith("all are above it by more than the interval")
+    assert said(0.9, 1.0, 0.1).endswith("all are above it by more than the margin")
     assert said(0.3, 0.99, 0.4).endswith(
-        "“neither · mean” is below it; “both · mean” is above it by more than the interval")
-    assert said(0.5, 0.55, 0.5).endswith("all are above it by no more than the interval")
-    assert said(0.3, 1.0, 0.4, seeds=1).endswith("“both · mean” is above it by more than the interval")
+        "“neither · mean” is below it; “both · mean” is above it by more than the margin")
+    assert said(0.5, 0.55, 0.5).endswith("all are above it by no more than the margin")
+    assert said(0.3, 1.0, 0.4, seeds=1).endswith("“both · mean” is above it by more than the margin")
 
 
 def test_a_sentence_tells_the_name_of_a_setting_from_its_own_words(comparison, tmp_path):
@@ -482,7 +482,7 @@ def test_nothing_moves_from_a_setting_to_its_copy(comparison):
 
 
 def test_shift_tells_what_was_planted(comparison):
-    labels, names = comparison.labels, comparison.experiment.classes
+    labels, names = lab.class_codes(comparison), comparison.experiment.classes
     before = planted(comparison)[1]
     wrong = np.where(labels == 1, 0, labels) # before: every clip of class 1 is called class 0
     right = labels.copy() # after: all are right, but for one of class 2
@@ -509,12 +509,12 @@ def test_shift_tells_what_was_planted(comparison):
 
 def test_a_shift_compares_seed_with_seed_and_knows_the_usual_movement(comparison):
     shift = comparison.shift("neither", "both · mean")
-    pairs = {seed: [comparison.results_of(row, seed)[0].nearest for row in ("neither", "both")] for seed in (0, 1)}
+    pairs = {seed: [lab.results_of(comparison, row, seed)[0].nearest for row in ("neither", "both")] for seed in (0, 1)}
     assert shift.seeds == [0, 1]
-    assert shift.moved == pytest.approx(np.mean([lab.moved_share(*pair) for pair in pairs.values()]))
-    between = [lab.moved_share(pairs[0][i], pairs[1][i]) for i in (0, 1)]
+    assert shift.moved == pytest.approx(np.mean([report.moved_share(*pair) for pair in pairs.values()]))
+    between = [report.moved_share(pairs[0][i], pairs[1][i]) for i in (0, 1)]
     assert shift.usual == pytest.approx(np.mean(between)) and "between two seeds" in str(shift)
-    assert comparison.shift("neither", "both", seed=1).moved == pytest.approx(lab.moved_share(*pairs[1]).mean())
+    assert comparison.shift("neither", "both", seed=1).moved == pytest.approx(report.moved_share(*pairs[1]).mean())
     assert comparison.shift(BASELINE, "both").seeds == [0, 1]
     for arguments, words in [(("neither", "non"), "non"), (("neither", "both", 7), "seed=7")]:
         with pytest.raises(ValueError, match=words):
@@ -536,7 +536,7 @@ def test_a_movement_as_between_two_seeds_is_no_finding(comparison):
     assert "40% of a clip's ten neighbors changed, no more than between two seeds of one setting (40%)" in str(noise)
     found = moved(dict(zip(names, (0, 0, 9, 9), strict=True)))
     assert found.moved == 0.9 and "changed, more than between two seeds of one setting (45%)" in str(found)
-    assert "one seed does not tell" in str(planted(comparison)[0].shift("neither", "both"))
+    assert "one seed cannot show" in str(planted(comparison)[0].shift("neither", "both"))
 
 
 def test_the_report_calls_no_row_of_equals_the_best(comparison, tmp_path):
@@ -553,7 +553,7 @@ def test_clips_are_shown_with_what_tells_them_apart(comparison):
     assert paths.map(lambda path: Path(path).name).duplicated().any()
     shown = comparison.shift("neither", "both").parts()["clips that moved most"]
     assert all(f"synthetic/{row[0]}" in set(paths) and "/" in row[0] for row in shown[1:])
-    assert lab._short_names(["a/b/1.wav", "a/c/2.wav"]) == ["1.wav", "2.wav"]
+    assert report._short_names(["a/b/1.wav", "a/c/2.wav"]) == ["1.wav", "2.wav"]
 
 
 def test_text_stands_left_in_a_table_and_numbers_right(comparison):
@@ -575,7 +575,8 @@ def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
     assert f"held-out clips: {comparison.experiment.protocol}" in figure.get_suptitle()
     assert len(comparison.plot("pitch", ["neither", "both · cls"], seed=1).axes) == 3  # two maps and a color bar
     assert len(comparison.maps) == 2 and comparison.plot("tempo") and len(comparison.maps) == 2
-    for arguments, words in [(("color",), "no column"), (("label", ["non"]), "no row")]:
+    assert Comparison.plot is Comparison.map and Comparison.to_html is Comparison.report
+    for arguments, words in [(("color",), "not a column"), (("label", ["non"]), "not a row")]:
         with pytest.raises(ValueError, match=words):
             comparison.plot(*arguments)
 
@@ -623,7 +624,7 @@ def test_the_settings_of_a_report_are_those_that_hold(sounds, tmp_path):
 
 def test_the_call_in_the_report_makes_the_same_experiment(comparison, sounds, monkeypatch):
     calls = []
-    call = lab._repeat(comparison.experiment)
+    call = report.repeat_call(comparison.experiment)
     eval(call, {"Config": Config, "compare_losses": lambda *args, **kwargs: calls.append((args, kwargs))})
     ((_, settings), options) = calls[0]
     again = lab.design(settings, options["seeds"], options["base"], options["pooling"])
@@ -665,17 +666,17 @@ def test_any_name_is_one_folder_of_its_own(name, tmp_path):
 
 def slow_comparison(out, pause=0.0):
     torch.set_num_threads(1)
-    whole = lab._Watch.row
+    whole = lab._Progress.row
 
     def row(self, row):
         time.sleep(pause)
         whole(self, row)
 
-    lab._Watch.row = row
+    lab._Progress.row = row
     try:
         return compare_losses(synthesize(n=4, classes=3), TWO, base=config(epochs=4), out=out, quiet=True)
     finally:
-        lab._Watch.row = whole
+        lab._Progress.row = whole
 
 
 def test_a_killed_comparison_goes_on_and_comes_to_the_same_numbers(tmp_path):

@@ -1,5 +1,6 @@
 """Folders that version 0.1 wrote (commit a605f12) still open, score, resume, and search."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from audiomaepp import AudioMAEPlusPlus, Comparison, EmbeddingGenerator
+from audiomaepp import AudioMAEPlusPlus, Comparison, EmbeddingGenerator, lab, synthesize
 from audiomaepp.cli import main
+from audiomaepp.lab import BASELINE
 
 OLD = Path(__file__).parent / "fixtures/v0.1"
 
@@ -22,8 +24,6 @@ def old(tmp_path):
 
 def test_a_model_gives_the_vectors_that_it_gave(old):
     table = pd.read_parquet(old / "embeddings.parquet")
-    from audiomaepp import synthesize
-
     sounds = synthesize(n=1)
     found = EmbeddingGenerator(old / "run").extract_embedding(list(sounds.waves))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(np.stack(table["embedding"])), rtol=1e-4, atol=1e-4)
@@ -57,6 +57,25 @@ def test_a_comparison_loads(old):
     comparison = Comparison.load(old / "lab")
     assert set(comparison.experiment.settings) == {"mask_ratio=0.5", "mask_ratio=0.75"}
     assert len(comparison.held_out) == 12 and "knn" in comparison.table
+    assert comparison.table.loc[BASELINE, "knn"] == comparison.baseline.scores["knn"]
+    assert BASELINE == comparison.baseline.setting != "log-mel statistics (floor)", "its name has changed since"
+
+
+def test_a_comparison_that_grows_finds_its_baseline(old, monkeypatch):
+    """Its folder is named after the baseline's old name."""
+    monkeypatch.setattr(lab, "baseline_features", lambda *args: pytest.fail("the baseline was measured again"))
+    before, folders = Comparison.load(old / "lab"), {path.name for path in (old / "lab").glob("[!.]*")}
+    grown = dataclasses.replace(before.experiment)
+    grown.settings = before.experiment.settings | {"mask_ratio=0.6": {"mask_ratio": 0.6}}
+    clips = synthesize(n=1)
+    lab.score_baseline(grown, (clips, clips), old / "lab")
+    after = Comparison.load(old / "lab")
+    assert after.unfinished == [("mask_ratio=0.6", 0)] and after.baseline.scores == before.baseline.scores
+    after.save(old / "lab")
+    assert folders == {path.name for path in (old / "lab").glob("[!.]*")}
+    after.save(old / "copy")
+    again = Comparison.load(old / "copy")
+    assert again.same_as(after) and not (old / "copy" / lab.run_folder(old / "lab", BASELINE, 0).parent.name).exists()
 
 
 def test_a_table_of_embeddings_is_searched(old, capsys):
