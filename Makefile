@@ -40,12 +40,13 @@ quality: $(STAMP) ## held-out quality of the presets, fold by fold (ARGS="--data
 lint: $(STAMP) ## ruff on notebooks, package and tests
 	@$(PY) -m ruff check .
 
-check: lint ## exports, outputs and README in sync with the notebooks; notebooks small
+check: lint ## exports, outputs and README in sync with the notebooks; notebooks small; cells short, examples in sight
 	@now() { git status --porcelain; git diff --no-ext-diff | git hash-object --stdin; }; before="$$(now)"; \
 	$(VENV)/bin/nbdev-export && $(VENV)/bin/nbdev-clean && $(PY) docs/build.py readme || exit 1; \
 	[ "$$before" = "$$(now)" ] || { echo "Out of sync: exporting, cleaning or the README changed something."; \
 	echo "Changed files before (with a sum of the changes):"; echo "$$before"; echo "and after:"; now; exit 1; }
 	@big="$$(find nbs -name '*.ipynb' -size +250000c)"; [ -z "$$big" ] || { echo "Over 250 kB: $$big"; exit 1; }
+	@$(PY) tests/check_chapters.py
 	@echo "Modules, notebooks and README are in sync."
 
 hooks: $(STAMP) ## once per clone: notebooks cleaned on save, merged and diffed as notebooks
