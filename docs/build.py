@@ -217,6 +217,8 @@ def write_pages(processed, docs):
     known = {to.with_suffix(suffix).name: to for to in texts for suffix in (".html", ".md")}
     known |= {book.name: to for book, to in pages.items()}
     anchors = {to: set(re.findall(r"\{ #([\w.]+) \}", text)) for to, text in texts.items()}
+    package = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
+    exported = {name.rpartition(".")[2].lower() for names in package.values() for name in names}
     for to, text in texts.items():
 
         def link(m, to=to):
@@ -225,6 +227,8 @@ def write_pages(processed, docs):
                 return m[0]
             if anchor and "." in anchor and anchor not in anchors[target]:
                 anchor = anchor.split(".")[0]  # a method without a box of its own: its class
+            if anchor in exported - anchors[target]:
+                anchor = ""  # exported for other chapters, so it has no box of its own: its page
             return f"]({os.path.relpath(target, to.parent)}{anchor and '#' + anchor})"
 
         text = re.sub(r"\]\(([\w./-]+\.(?:html|ipynb|md))(?:#([\w.-]*))?\)", link, text)
