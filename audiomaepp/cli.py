@@ -454,7 +454,7 @@ class Lab(Command):
         with only_writer(out):
             comparison = compare_losses(recordings, settings, seeds, base=self.config, out=out, pooling=pooling,
                                         split_seed=self.config.seed, quiet=self.quiet, **how)
-            paths = write_comparison(comparison, out, self.color, self.maps, self.line)
+            paths = write_files(comparison, out, self.color, self.maps, self.line)
         self.say(*skipped_lines(comparison.skipped))
         print(comparison)
         self.say("\nWritten:", *(f"  {path}" for path in paths))
@@ -477,7 +477,7 @@ def lab_folder(lab: Lab, experiment: "Experiment") -> Path:
     return Path(f"runs/lab-{printable(Path(lab.data.place).stem)}-{word}")
 
 
-def write_comparison(
+def write_files(
     comparison: "Comparison",
     folder: str | os.PathLike, # where to write
     color: str = "label", # column that colors maps.png
