@@ -486,7 +486,7 @@ def soak(base: Path, quick: bool, seed: int) -> list[Tally]:
 
     print(HEAD, flush=True)
     for job in todo:
-        every = {"train": 1, "embed": 1, "finetune": 3, "lab": 6}[job.name]
+        every = {"train": 1, "embed": 1, "finetune": 4, "lab": 10}[job.name]
         points = sorted(rng.sample(range(1, 40), 3)) if quick else range(1, 400, every)
         kills(job, base, points, tally := line(f"{job.name}: killed between two writes"))
         told(tally)
