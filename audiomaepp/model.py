@@ -353,9 +353,9 @@ def embedding_losses(
     first: Tensor, # (B, D) embeddings of the clips
     second: Tensor | None, # (B, D) embeddings of their second views, if there are any
     labels: Tensor | None, # (B,) classes, negative = unlabeled; None if labels are not used
-    cfg: Config, # the losses that are on, and their settings
+    cfg: Config, # losses that are on, and their settings
 ) -> dict[str, Tensor]: # unweighted losses by name
-    "Return the contrastive and the uniformity loss, as far as they are on."
+    "Return those of the contrastive and the uniformity loss that are on."
     losses, labels = {}, None if labels is None else gather_with_grad(labels)
     rows = gather_with_grad(first)  # (B, D) of all processes
     n = len(rows)
@@ -401,7 +401,7 @@ def _init_weights(
 # %% ../nbs/02_model.ipynb #6d0b0021
 def _check_spec(
     spec: Tensor, # (B, C, time, mel) spectrograms
-    cfg: Config, # the size that they must have
+    cfg: Config, # config with the required size
 ):
     "Raise `ValueError` if spectrograms do not have the size of the config."
     if spec.ndim != 4 or spec.shape[1:] != (cfg.in_chans, *cfg.img_size):
@@ -423,7 +423,7 @@ class MaskedAutoencoder(nn.Module):
         self.apply(_init_weights)
 
     def patchify(self, spec: Tensor) -> Tensor: # (B, C, T, M) → (B, N, patch_dim)
-        "Cut spectrograms into flattened patches. Raises `ValueError` if they have another size than the config's."
+        "Cut spectrograms into flattened patches. Raises `ValueError` if their size is not that of the config."
         _check_spec(spec, self.cfg)
         return patchify(spec, self.cfg.patch_size)
 
@@ -461,9 +461,9 @@ class MaskedAutoencoder(nn.Module):
         self,
         patches: Tensor, # (B, N, patch_dim) patches to embed
         mask: Tensor, # (B, N) mask of the first view
-        noise: Tensor | None, # (B, N) the numbers behind that mask; None if the mask was given
+        noise: Tensor | None, # (B, N) random numbers of that mask; None if the mask was given
     ) -> Tensor: # (B, D)
-        "Embed clips with those patches visible first that the first view hid."
+        "Embed clips with other visible patches than the first view, as far as possible."
         hidden_first = 1 - noise if noise is not None else torch.rand_like(mask) - mask
         ids_keep, _ = split_by_noise(hidden_first, int((mask[0] == 0).sum()))
         return extract_embeddings(self.encoder(patches, ids_keep), self.cfg.pooling_mode)
@@ -472,9 +472,9 @@ class MaskedAutoencoder(nn.Module):
 def padding_mask(
     frames: Tensor, # (B,) number of frames with sound
     cfg: Config, # patch grid
-    first: int = 0, # frame at which the sound begins; what passes the end of the window continues at its start
+    first: int = 0, # frame at which the sound begins; beyond the end of the window it continues at frame 0
 ) -> Tensor | None: # (B, N) True for a patch of padding; None if no clip is padded
-    "Return which patches hold padding alone."
+    "Return which patches contain only padding."
     (steps, bands), size = cfg.grid_size, cfg.patch_size[0]
     if bool((frames >= cfg.num_frames).all()):
         return None
@@ -491,7 +491,7 @@ def embed_shifted(
     frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
     first: int = 0, # number of frames by which the clips are moved on the patch grid
 ) -> Tensor: # (B, D), (B, 2D) with "cls+mean", (B, bands·D) with "frame"
-    "Return one vector per clip for one position of the patch grid; padding has no part in it."
+    "Return one vector per clip for one position of the patch grid; padding is left out."
     grid, ids = model.cfg.grid_size, None
     patches = model.patchify(spec.roll(first, dims=2) if first else spec)  # (B, N, patch_dim)
     padding = None if frames is None else padding_mask(frames, model.cfg, first)  # (B, N)
@@ -557,7 +557,7 @@ class AudioMAEPlusPlus(MaskedAutoencoder):
         cls,
         pretrained_model_name_or_path: str | os.PathLike, # folder of a model or a run, or Hub repository ("owner/name")
         device: str | torch.device = "cpu", # device of the model
-        **options, # of `audiomaepp.pretrained.from_pretrained`
+        **options, # options of `audiomaepp.pretrained.from_pretrained`
     ) -> "AudioMAEPlusPlus": # in evaluation mode
         "Read a model. Raises `FileNotFoundError` if there is none, `ValueError` if a file is damaged."
         from audiomaepp.pretrained import from_pretrained
