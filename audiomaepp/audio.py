@@ -215,7 +215,7 @@ def _decode(
 ) -> tuple[torch.Tensor, int]: # (channels, samples), and the number of samples that can be decoded
     "Return decoded samples, and their number before the decoder failed."
     blocks, count = [], 0
-    sound.seekable = lambda: False # or soundfile seeks after each read, which fails in a file of unknown length
+    sound.seekable = lambda: False # else soundfile seeks after each read, which fails in a file of unknown length
     try:
         if first:
             sound.seek(first)

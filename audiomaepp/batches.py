@@ -180,7 +180,7 @@ def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
         clips, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0,
         timeout=cfg.loader_timeout if workers else 0, worker_init_fn=_leave_signals_to_the_trainer,
         collate_fn=partial(_collate, size=clips.size), pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(), # its own, or it would draw from torch's
+        generator=torch.Generator(), # not torch's, whose random numbers must not change
     )
 
 # %% ../nbs/14_batches.ipynb #302facf6

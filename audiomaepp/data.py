@@ -215,7 +215,7 @@ def _matches(
     table, # DataFrame
     query: str, # comparisons of columns with constants, joined by and, or, not
 ) -> np.ndarray: # (n,) bool
-    "Return the rows for which a query is true; raise `ValueError` for anything but a comparison. Nothing is run."
+    "Return the rows for which a query is true; raise `ValueError` for anything but comparisons."
     try:
         return _mask(ast.parse(query.strip(), mode="eval").body, table).to_numpy()
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
@@ -444,7 +444,7 @@ def open_recordings(
     group_from: str | None = None, # regular expression that finds the group (speaker, site, …) in a file name
     extensions: frozenset[str] = AUDIO_EXTENSIONS, # endings of audio files, in lower case, with the dot
 ) -> Recordings:
-    "Return the recordings of a folder or table; raise `ValueError` if it has none, and `FileNotFoundError`."
+    "Return the recordings of a folder or table; raise `FileNotFoundError` or, if it has none, `ValueError`."
     if isinstance(source, Recordings):
         return source.at_rate(sample_rate)
     if source == "synthetic":
