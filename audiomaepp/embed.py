@@ -33,7 +33,7 @@ from .weights import cpu_state
 # %% ../nbs/20_embed.ipynb #15051724
 def as_wave(
     audio, # path, file object or bytes; or samples as array or tensor, (samples,) or with channels
-    sample_rate: int | None, # Hz of an array; `target` when left out
+    sample_rate: int | None, # Hz of an array; default: `target`
     target: int, # Hz of the result
 ) -> Tensor: # (samples,) float32
     "Return a recording as mono samples at `target` Hz; raise `AudioError` or `ValueError` if it cannot be used."
@@ -55,15 +55,15 @@ def as_wave(
 class Window(NamedTuple):
     "A window of a recording."
     clip: int # number of the recording
-    start: int # its first sample in the recording
+    start: int # number of its first sample in the recording
     wave: Tensor # (size,) samples, padded with zeros
-    length: int # number of samples that are sound
+    length: int # number of samples before the padding
     last: bool # whether it is the last one of the recording
 
 
 def cut_windows(
     clip: int, # number of the recording
-    pieces: Iterable[Tensor], # its samples in pieces, (any,) each
+    pieces: Iterable[Tensor], # samples of the recording in pieces, (any,) each
     size: int, # samples of a window
     hop: int, # samples from one window to the next, at most `size`
 ) -> Iterator[Window]:
@@ -131,8 +131,8 @@ class Row(NamedTuple):
 def recording_rows(
     pairs: Iterable[tuple[Window, np.ndarray]], # windows, and their (D,) vectors
     sample_rate: int, # Hz of the windows
-    windows: bool = False, # a row for each window, not for each recording
-) -> Iterator[tuple[int, list[Row]]]: # number of the recording, its rows
+    windows: bool = False, # whether each window is a row, and not each recording
+) -> Iterator[tuple[int, list[Row]]]: # number and rows of each recording
     "Yield the rows of each recording that was read to its end."
     clip = -1
     for window, vector in pairs:
@@ -147,10 +147,10 @@ def recording_rows(
 
 # %% ../nbs/20_embed.ipynb #20e0000c
 def frames_of(
-    lengths: Tensor, # (B,) samples that are sound
-    cfg: Config, # its hop, and whether padding is masked
-) -> Tensor | None: # (B,) spectrogram frames that are sound; None where padding counts
-    "Return how many frames of padded windows are sound."
+    lengths: Tensor, # (B,) samples before the padding
+    cfg: Config, # hop, and whether padding is masked
+) -> Tensor | None: # (B,) spectrogram frames before the padding; None if padding is not masked
+    "Return how many frames of padded windows are not padding."
     return (lengths + cfg.hop_length - 1) // cfg.hop_length if cfg.mask_padding else None
 
 
@@ -160,7 +160,7 @@ class WindowEncoder:
     def __init__(
         self,
         model: AudioMAEPlusPlus,
-        device: str | torch.device | None = None, # a GPU if there is one, when left out
+        device: str | torch.device | None = None, # default: a GPU if there is one
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.cfg = model.to(self.device), model.cfg
@@ -168,7 +168,7 @@ class WindowEncoder:
 
     @contextmanager
     def evaluating(self) -> Iterator[AudioMAEPlusPlus]:
-        "Give the model in evaluation mode, without gradients."
+        "Yield the model in evaluation mode, without gradients."
         was_training = self.model.training
         try:
             with torch.inference_mode():
@@ -179,8 +179,8 @@ class WindowEncoder:
     def embed(
         self,
         wav: Tensor, # (B, samples) windows
-        lengths: Tensor, # (B,) samples that are sound
-        pooling_mode: str | None = None, # the config's when left out
+        lengths: Tensor, # (B,) samples before the padding
+        pooling_mode: str | None = None, # default: the config's
     ) -> np.ndarray: # (B, D) float64
         "Embed a batch of windows."
         lengths = lengths.to(self.device)
@@ -212,20 +212,20 @@ def fingerprint(
 # %% ../nbs/20_embed.ipynb #20e0000f
 @dataclass
 class EmbeddingStream:
-    "The way from recordings to rows: the encoder, and everything else on which the vectors depend."
+    "The steps from recordings to rows: the encoder, and all other settings on which the vectors depend."
 
     encoder: WindowEncoder
     hop: int # samples from one window to the next
     batch_size: int # windows per batch; the vectors do not depend on it
-    pooling_mode: str | None = None # the config's when left out
-    windows: bool = False # a row for each window, not for each recording
+    pooling_mode: str | None = None # default: the config's
+    windows: bool = False # whether each window is a row, and not each recording
 
     def __call__(
         self,
         recordings: Iterable[Iterable[Tensor]], # the pieces of each recording, (any,) at the model's rate
         failed: Callable[[int, AudioError], None] = raise_error, # called with the number of a recording and its error
         before: Callable[[], None] | None = None, # called before each batch; an error that it raises ends the stream
-    ) -> Iterator[tuple[int, list[Row]]]: # number of the recording, its rows
+    ) -> Iterator[tuple[int, list[Row]]]: # number and rows of each recording
         "Return the rows of each recording that can be read to its end, in order."
         def embed(wav: Tensor, lengths: Tensor) -> np.ndarray:
             return self.encoder.embed(wav, lengths, self.pooling_mode)
@@ -238,7 +238,7 @@ class EmbeddingStream:
         self,
         place: str = "", # folder or repository of the model
     ) -> dict[str, str]:
-        "Return what a table of embeddings notes about the way in which it was made."
+        "Return the metadata of a table of embeddings: fingerprint and place of the model, pooling, rows and hop."
         model, rows = self.encoder.model, "windows" if self.windows else "recordings"
         pooling = self.pooling_mode or model.cfg.pooling_mode
         return dict(model=fingerprint(model), pooling_mode=pooling, rows=rows, hop=str(self.hop), place=place)
@@ -271,7 +271,7 @@ def embed_frames(
 # %% ../nbs/20_embed.ipynb #70db8004
 def as_pieces(
     audio, # path, file object or bytes; or samples as array or tensor, (samples,) or with channels
-    sample_rate: int | None, # Hz of an array; `target` when left out
+    sample_rate: int | None, # Hz of an array; default: `target`
     target: int, # Hz of the result
 ) -> Iterable[Tensor]: # (any,) float32 each
     "Return a recording as mono samples in pieces; raise as `as_wave` does, for a file when the piece is reached."
@@ -280,7 +280,7 @@ def as_pieces(
 
 
 def _safely(pieces: Iterator[Tensor], path: str) -> Iterator[Tensor]:
-    "Yield the pieces of a file; turn each error into an `AudioError`, so that the other files go on."
+    "Yield the pieces of a file; turn each error into an `AudioError`, which does not stop the other files."
     try:
         yield from pieces
     except AudioError:
@@ -290,7 +290,7 @@ def _safely(pieces: Iterator[Tensor], path: str) -> Iterator[Tensor]:
 
 
 def _failing(error: AudioError) -> Iterator[Tensor]:
-    "Raise the error when the first piece is asked for."
+    "Raise the error when the first piece is requested."
     raise error
     yield
 
@@ -298,8 +298,8 @@ def _failing(error: AudioError) -> Iterator[Tensor]:
 def decode_ahead(
     recordings: Recordings, # recordings at the rate of the result
     rows: Iterable[int], # numbers of the recordings to decode
-    workers: int | None = None, # threads; one for each core when left out
-    quiet: bool = True, # no progress bar
+    workers: int | None = None, # threads; default: one for each core
+    quiet: bool = True, # whether the progress bar is hidden
 ) -> Iterator[Iterable[Tensor]]: # the pieces of each recording
     "Yield recordings in order, decoded ahead of time by threads."
     from tqdm.auto import tqdm
@@ -327,9 +327,9 @@ def decode_ahead(
 def skipping(
     skipped: list[tuple[str, str]], # receives (path, reason)
     recordings: Recordings,
-    rows: Sequence[int] | None = None, # number of each recording of the stream; 0, 1, … when left out
+    rows: Sequence[int] | None = None, # row number of each recording of the stream; default: 0, 1, …
 ) -> Callable[[int, AudioError], None]: # called with the number of a recording in the stream and its error
-    "Return a function that lists a recording that fails."
+    "Return a function that adds a failed recording to the list `skipped`."
     def failed(number: int, error: AudioError):
         skipped.append((recordings.paths[number if rows is None else rows[number]], error.reason))
 
@@ -343,8 +343,8 @@ def folder_rows(
     states: dict[str, tuple[int, int]], # path → state
     skipped: list[tuple[str, str]], # receives (path, reason) of each recording that fails
     workers: int | None = None, # threads that decode
-    quiet: bool = True, # no progress bar
-    stop=None, # what `stopping` gives; ends the stream with `Stopped` after a signal
+    quiet: bool = True, # whether the progress bar is hidden
+    stop=None, # object that `stopping` yields; ends the stream with `Stopped` after a signal
 ) -> Iterator[list[dict]]: # the table rows of one recording
     "Yield the table rows of each recording as soon as it is embedded."
     def check():
@@ -366,10 +366,10 @@ def joined(
     recordings: Recordings,
     rows: list[dict], # table rows, from `folder_rows`
 ): # DataFrame
-    "Return the table of the recordings with their rows; those without rows are left out."
+    "Return the table of the recordings joined with their rows; recordings without rows are left out."
     import pandas as pd
 
-    numbers = {path: i for i, path in enumerate(dict.fromkeys(recordings.paths))}  # a path may stand there twice
+    numbers = {path: i for i, path in enumerate(dict.fromkeys(recordings.paths))}  # a path may occur twice
     own = pd.DataFrame(rows, columns=list(ADDED)).assign(_clip=np.array([numbers[r["path"]] for r in rows], dtype=int))
     table = recordings.table.assign(_clip=[numbers[path] for path in recordings.paths])
     return table.merge(own, on="_clip", sort=False).drop(columns="_clip")
@@ -378,12 +378,12 @@ def joined(
 def embed_table(
     stream: EmbeddingStream,
     recordings: Recordings,
-    out: str | os.PathLike | None, # Parquet file to write or to continue; None keeps the table in memory
+    out: str | os.PathLike | None, # Parquet file to create or to extend; None keeps the table in memory
     place: str = "", # folder or repository of the model
-    save_seconds: float = 60.0, # seconds between two parts of `out`, about
+    save_seconds: float = 60.0, # approximate seconds between two saves to `out`
     **how, # workers and quiet, see `folder_rows`
 ): # DataFrame
-    "Embed a table of recordings; skip the rows that `out` holds already."
+    "Embed a table of recordings; skip those that `out` already holds."
     if clash := [name for name in ADDED if name in recordings.table]:
         raise ValueError(f"recordings must have no column {clash[0]!r}, which is added here; rename the column")
     states = {p: recording_state(p, wave) for p, wave in zip(recordings.paths, recordings.waves, strict=True)}
@@ -418,7 +418,7 @@ def open_model(
 
 
 def hop_samples(
-    hop_seconds: float | None, # seconds from one window to the next; None: a whole window, so no overlap
+    hop_seconds: float | None, # seconds from one window to the next; default: a whole window, so no overlap
     cfg: Config, # window and rate
 ) -> int:
     "Return the hop in samples; raise `ValueError` for one that repeats or skips samples."
@@ -449,9 +449,9 @@ class EmbeddingGenerator:
     def __init__(
         self,
         model_or_path: AudioMAEPlusPlus | str | os.PathLike, # a model, a folder with one, or a repository of the Hub
-        device: str | torch.device | None = None, # a GPU if there is one, when left out
+        device: str | torch.device | None = None, # default: a GPU if there is one
         batch_size: int = 32, # windows per batch
-        hop_seconds: float | None = None, # seconds from one window to the next; a window (no overlap) when left out
+        hop_seconds: float | None = None, # seconds from one window to the next; default: a whole window, so no overlap
     ):
         self.model, self.place = open_model(model_or_path)
         self.encoder, self.cfg = WindowEncoder(self.model, device), self.model.cfg
@@ -460,8 +460,8 @@ class EmbeddingGenerator:
     def extract_embedding(
         self,
         audio, # path, file object, bytes, samples as array or tensor; or a list of these
-        sample_rate: int | None = None, # Hz of arrays; the model's rate when left out
-        pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's when left out
+        sample_rate: int | None = None, # Hz of arrays; default: the model's rate
+        pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; default: the config's
     ) -> np.ndarray: # (D,) for one recording, (n, D) for a list
         "Embed a recording, or each in a list; raise `AudioError` for a file that cannot be decoded."
         many = isinstance(audio, list | tuple)
@@ -473,7 +473,7 @@ class EmbeddingGenerator:
     def extract_frames(
         self,
         audio, # path, file object, bytes, samples as array or tensor
-        sample_rate: int | None = None, # Hz of arrays; the model's rate when left out
+        sample_rate: int | None = None, # Hz of arrays; default: the model's rate
     ) -> tuple[np.ndarray, np.ndarray]: # (T, F·D) frames; (T,) seconds of their middles
         "Embed each step of the patch grid; raise `AudioError` for a file that cannot be decoded."
         frames = self.encoder.frames(as_wave(audio, sample_rate, self.cfg.sample_rate), self.batch_size)
@@ -482,9 +482,9 @@ class EmbeddingGenerator:
     def embed_recordings(
         self,
         recordings: Recordings,
-        pooling_mode: str | None = None, # the config's when left out
-        quiet: bool = True, # no progress bar
-    ) -> tuple[np.ndarray, np.ndarray, Skipped]: # (n, D) vectors; (n,) numbers of the recordings; what was skipped
+        pooling_mode: str | None = None, # default: the config's
+        quiet: bool = True, # whether the progress bar is hidden
+    ) -> tuple[np.ndarray, np.ndarray, Skipped]: # (n, D) vectors; (n,) numbers of the recordings; skipped recordings
         "Embed the recordings that can be decoded."
         sounds, skipped = recordings.at_rate(self.cfg.sample_rate), Skipped()
         stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode)
@@ -494,12 +494,12 @@ class EmbeddingGenerator:
     def embed_folder(
         self,
         folder: str | os.PathLike | Recordings, # anything that `open_recordings` opens
-        out: str | os.PathLike | None = None, # Parquet file to write, or to continue
-        pooling_mode: str | None = None, # the config's when left out
-        quiet: bool = False, # no progress bar
-        windows: bool = False, # a row for each window, not for each recording
-        workers: int | None = None, # threads that decode; one for each core when left out
-        save_seconds: float = 60.0, # seconds between two parts of `out`, about
+        out: str | os.PathLike | None = None, # Parquet file to create or to extend
+        pooling_mode: str | None = None, # default: the config's
+        quiet: bool = False, # whether the progress bar is hidden
+        windows: bool = False, # whether each window is a row, and not each recording
+        workers: int | None = None, # threads that decode; default: one for each core
+        save_seconds: float = 60.0, # approximate seconds between two saves to `out`
     ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs["skipped"]` lists (path, reason)
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
 

@@ -27,7 +27,7 @@ def _matrix(
     x, # (n, D) array, tensor or list
     name: str, # name of the argument, for the error message
 ) -> torch.Tensor:
-    "Return `x` as a float32 matrix on the CPU; raise `ValueError` if it has no score."
+    "Return `x` as a float32 matrix on the CPU; raise `ValueError` for a wrong shape or values that are not finite."
     x = torch.as_tensor(x).detach().to("cpu", torch.float32)
     if x.ndim != 2 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (clips, dimensions) with at least one of each, "
@@ -81,7 +81,7 @@ def standardize(
         if x.shape[1] != xs[0].shape[1]:
             raise ValueError(f"matrix {i} must have the {xs[0].shape[1]} dimensions of train_x, got {x.shape[1]}; "
                              "use embeddings of one model")
-    # float32 sums lose the small differences that ride on a large common direction
+    # float64, because float32 sums lose small differences between large values
     mean, std = xs[0].double().mean(0), xs[0].double().std(0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0.0)
     return [((x.double() - mean) * scale).float().numpy() for x in xs]
@@ -91,7 +91,7 @@ def _vote(
     classes: torch.Tensor, # (n, k) class of each neighbor, nearest first
     n_classes: int, # number of classes
 ) -> torch.Tensor:
-    "Return (n,) the majority class of each row; a tie goes to the class that appears first."
+    "Return the (n,) majority classes of the rows; a tie goes to the class that appears first."
     k = classes.shape[1]
     votes = F.one_hot(classes, n_classes).sum(1).float()
     nearness = torch.linspace(0.9, 0.1, k).expand(len(classes), k) # below one vote: it can only break ties
@@ -102,10 +102,10 @@ def nearest_rows(
     train_x, # (n, D) embeddings of the clips to search
     test_x, # (m, D) embeddings of other clips
     k: int = 10, # number of neighbors; all training clips if it is larger than their number
-    standardized: bool = True, # scale both sides with the training clips' mean and deviation first
-    chunk: int = 1024, # other clips that are compared at a time
+    standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
+    chunk: int = 1024, # number of other clips that are compared at a time
 ) -> torch.Tensor:
-    "Return (m, k) numbers of the training clips nearest (cosine) to each other clip, nearest first."
+    "Return (m, k) row numbers of the training clips nearest (cosine) to each other clip, nearest first."
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}; use 10")
     train_x, test_x = _matrix(train_x, "train_x"), _matrix(test_x, "test_x")
@@ -117,13 +117,13 @@ def nearest_rows(
 # %% ../nbs/21_evaluate.ipynb #21e00002
 def knn_predict(
     train_x, # (n, D) embeddings of the clips to search
-    train_y, # (n,) their labels; negative = unlabelled, left out
+    train_y, # (n,) their labels; negative = unlabeled, left out
     test_x, # (m, D) embeddings of the clips to classify
     k: int = 10, # neighbors that vote; all training clips if it is larger than their number
-    standardized: bool = True, # scale both sides with the training clips' mean and deviation first
-    chunk: int = 1024, # held-out clips that are compared at a time
+    standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
+    chunk: int = 1024, # number of held-out clips that are compared at a time
 ) -> np.ndarray:
-    "Return (m,) the label that the `k` nearest training clips (cosine) give to each held-out clip."
+    "Return the (m,) labels that the `k` nearest training clips (cosine) give to the held-out clips."
     train_x, train_y = _labelled(train_x, train_y, "train")
     names, codes = np.unique(train_y, return_inverse=True)
     nearest = nearest_rows(train_x, test_x, k, standardized, chunk)
@@ -134,7 +134,7 @@ def _share(
     predicted: np.ndarray, # (m,) labels
     truth: np.ndarray, # (m,) labels
 ) -> float:
-    "Return the share of equal labels; raise `ValueError` if numbers meet names."
+    "Return the share of equal labels; raise `ValueError` if one side has numbers and the other has names."
     if (predicted.dtype.kind == "U") != (truth.dtype.kind == "U"):
         raise ValueError("train_y and test_y must be of one kind, got numbers and names; use names in both")
     return float((predicted == truth).mean())
@@ -142,11 +142,11 @@ def _share(
 
 def knn_accuracy(
     train_x, # (n, D) embeddings of the clips to search
-    train_y, # (n,) their labels; negative = unlabelled, left out
+    train_y, # (n,) their labels; negative = unlabeled, left out
     test_x, # (m, D) embeddings of held-out clips
-    test_y, # (m,) their labels; negative = unlabelled, left out
+    test_y, # (m,) their labels; negative = unlabeled, left out
     k: int = 10, # neighbors that vote; all training clips if it is larger than their number
-    standardized: bool = True, # scale both sides with the training clips' mean and deviation first
+    standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
 ) -> float:
     "Return the share of held-out clips that get the right label from `knn_predict`."
     test_x, test_y = _labelled(test_x, test_y, "test")
@@ -158,7 +158,7 @@ def _inner_split(
     folds: int = 4, # one clip in this many is kept aside, in each class
     seed: int = 0, # seed of the shuffle
 ) -> torch.Tensor:
-    "Return (n,) True for the clips to choose the penalty on; a class with fewer than `folds` clips gives none."
+    "Return a mask (n,) of the clips to choose the penalty on; a class with fewer than `folds` clips gives none."
     aside = torch.zeros(len(codes), dtype=torch.bool)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
     for c in codes.unique():
@@ -172,9 +172,9 @@ def _fit_softmax(
     codes: torch.Tensor, # (n,) classes 0 .. C-1
     l2: float, # strength of the penalty
     start: torch.Tensor, # (D + 1, C) initial weights; the last row is the bias
-    tolerance: float = 1e-5, # largest slope at which the fit ends
+    tolerance: float = 1e-5, # largest gradient at which the fit ends
 ) -> torch.Tensor:
-    "Return (D + 1, C) the weights of a softmax regression; the last row is the bias, which has no penalty."
+    "Return the (D + 1, C) weights of a softmax regression; the last row is the bias, which has no penalty."
     weight = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=tolerance, tolerance_change=1e-12,
                                   history_size=10, line_search_fn="strong_wolfe")
@@ -209,7 +209,7 @@ def _choose_penalty(
 # %% ../nbs/21_evaluate.ipynb #084b48cd
 @dataclass
 class LinearProbe:
-    "Softmax regression on standardized embeddings, with the penalty that the training clips chose."
+    "Softmax regression on standardized embeddings, with a penalty chosen on training clips."
 
     names: np.ndarray # (C,) label of each output
     weight: torch.Tensor # (D + 1, C) float64; the last row is the bias
@@ -235,7 +235,7 @@ class LinearProbe:
 # %% ../nbs/21_evaluate.ipynb #b2eb7f73
 def fit_probe(
     train_x, # (n, D) embeddings
-    train_y, # (n,) labels; negative = unlabelled, left out
+    train_y, # (n,) labels; negative = unlabeled, left out
     l2: float | None = None, # penalty on mean cross-entropy; None chooses it on training clips kept aside
     seed: int = 0, # seed of the inner split
 ) -> LinearProbe:
@@ -258,9 +258,9 @@ def fit_probe(
 # %% ../nbs/21_evaluate.ipynb #89891059
 def linear_probe(
     train_x, # (n, D) embeddings to fit on
-    train_y, # (n,) their labels; negative = unlabelled, left out
+    train_y, # (n,) their labels; negative = unlabeled, left out
     test_x, # (m, D) embeddings of held-out clips
-    test_y, # (m,) their labels; negative = unlabelled, left out
+    test_y, # (m,) their labels; negative = unlabeled, left out
     l2: float | None = None, # penalty; None chooses it on training clips kept aside, never on held-out clips
     seed: int = 0, # seed of the inner split
 ) -> float:
@@ -270,10 +270,10 @@ def linear_probe(
 
 # %% ../nbs/21_evaluate.ipynb #e0c9f9f7
 def confusion(
-    truth, # (m,) labels; negative = unlabelled, left out
+    truth, # (m,) labels; negative = unlabeled, left out
     predicted, # (m,) labels, as `knn_predict` gives them
 ) -> tuple[np.ndarray, list]:
-    "Return (C, C) counts, truth down and prediction across, and the C labels in order."
+    "Return (C, C) counts, a row for each true class and a column for each predicted one, and the C labels in order."
     from sklearn.metrics import confusion_matrix
 
     truth = _codes(truth, len(truth), "truth")
@@ -287,8 +287,8 @@ def confusion(
 
 # %% ../nbs/21_evaluate.ipynb #ba803a32
 def chance(
-    train_y, # (n,) labels of the training clips; negative = unlabelled, left out
-    test_y, # (m,) labels of the held-out clips; negative = unlabelled, left out
+    train_y, # (n,) labels of the training clips; negative = unlabeled, left out
+    test_y, # (m,) labels of the held-out clips; negative = unlabeled, left out
 ) -> float:
     "Return the accuracy on `test_y` of always guessing the most frequent label of `train_y`; the mean over a tie."
     train, test = (_labelled(np.zeros((len(y), 1)), y, name)[1] for y, name in ((train_y, "train"), (test_y, "test")))
@@ -318,7 +318,7 @@ def logmel_statistics(
 def wilson_interval(
     accuracy: float, # share of right answers
     n: int, # number of answers
-    level: float = 0.95, # share of such intervals that hold the true value
+    level: float = 0.95, # confidence level: share of such intervals that contain the true value
 ) -> tuple[float, float]:
     """Return the lower and upper bound of a true accuracy.
 
@@ -336,9 +336,9 @@ def wilson_interval(
 def _geometry(
     x: torch.Tensor, # (m, D) held-out embeddings
     y: np.ndarray, # (m,) labels
-    most: int = 4000, # largest number of clips, evenly spaced; every pair is compared
+    most: int = 4000, # largest number of clips, because every pair is compared; more are thinned evenly
 ) -> dict[str, float]:
-    "Return alignment, uniformity and RankMe, as far as the clips allow; a score without meaning is left out."
+    "Return those of alignment, uniformity and RankMe that can be computed from the clips."
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), most)).astype(int))
     x, y = x[torch.from_numpy(keep)], y[keep]
     codes = torch.from_numpy(np.unique(y, return_inverse=True)[1] if y.dtype.kind == "U" else y)
@@ -358,7 +358,7 @@ def evaluate_embeddings(
     test_y, # (m,) their labels, or None
     seed: int = 0, # seed of the linear probe's inner split
 ) -> dict[str, float]:
-    "Return knn, linear, alignment, uniformity, rankme, n_train, n_test; without labels only those that need none."
+    "Return knn, linear, alignment, uniformity, rankme, n_train, n_test; without labels, those that need none."
     train_x, test_x = _matrix(train_x, "train_x"), _matrix(test_x, "test_x")
     train_y, test_y = (
         np.full(len(x), -1) if y is None else _codes(y, len(x), name)
@@ -372,7 +372,7 @@ def evaluate_embeddings(
 
 # %% ../nbs/21_evaluate.ipynb #a0c2b142
 def average_scores(
-    folds: Sequence[Mapping[str, float]], # what `evaluate_embeddings` gave for each fold
+    folds: Sequence[Mapping[str, float]], # scores of each fold, from `evaluate_embeddings`
 ) -> dict[str, float]:
     "Return the mean of each score, weighted by `n_test`; n_test is summed, n_train averaged."
     if not folds:
@@ -386,7 +386,7 @@ def average_scores(
 _COLUMNS = {
     "knn": "kNN-10", "linear": "linear", "alignment": "alignment", "uniformity": "uniformity", "rankme": "RankMe",
 }
-_ACCURACIES = ("knn", "linear") # shares of right answers: these have an interval
+_ACCURACIES = ("knn", "linear") # shares of right answers, which have an interval
 
 
 def _with_intervals(
@@ -471,12 +471,12 @@ class Report:
     protocol: str # what was held out: "fold 5 held out: 320 train / 80 test"
     rows: dict[str, dict[str, float]] = field(default_factory=dict) # name → scores; the model first
     level: float = 0.95 # level of the intervals
-    hints: Sequence[str] = () # what to try if the model is not above the baselines; then the verdict is shown
+    hints: Sequence[str] = () # what to try if the model is not above the baselines; the verdict is shown only if given
 
     def add(
         self,
         name: str, # name of the row: "this model"
-        scores: Mapping[str, float], # what `evaluate_embeddings` gave
+        scores: Mapping[str, float], # scores, from `evaluate_embeddings`
     ) -> "Report":
         "Add a row and return the report."
         self.rows[name] = dict(scores)
@@ -484,7 +484,7 @@ class Report:
 
     def verdict(
         self,
-        hints: Sequence[str] = (), # what to try, as noun phrases; general advice when left out
+        hints: Sequence[str] = (), # what to try, as noun phrases; default: general advice
     ) -> str:
         "Return a sentence, with what to try, if the first row is not clearly above the best other row; else \"\"."
         return _verdict(self.rows, self.level, hints or _HINTS)
@@ -530,15 +530,15 @@ def make_report(
     test_x, # (m, D) embeddings of held-out clips
     test_y, # (m,) their labels, or None
     baseline: tuple | None = None, # (train, test) log-mel statistics of the same clips, or None
-    protocol: str = "", # what was held out; the numbers of clips when empty
+    protocol: str = "", # what was held out; default: the numbers of clips
     name: str = "this model", # name of the first row
-    score: Callable[..., dict] = evaluate_embeddings, # takes the four arrays, gives the scores
+    score: Callable[..., dict] = evaluate_embeddings, # function from the four arrays to the scores
 ) -> Report:
     "Return a `Report` of the embeddings beside the baseline and chance."
     scores = score(train_x, train_y, test_x, test_y)
     report = Report(protocol or f"held-out clips: {scores['n_train']} train / {scores['n_test']} test")
     report.add(name, scores)
-    if baseline is not None and "knn" in scores: # without labels there is no accuracy to put beside it
+    if baseline is not None and "knn" in scores: # without labels there is no accuracy to compare with
         of_baseline = score(baseline[0], train_y, baseline[1], test_y)
         # geometry of another feature space is no baseline: only the accuracies can be compared
         shown = (*_ACCURACIES, "n_train", "n_test")

@@ -19,7 +19,7 @@ from .tables import escape, paths_of
 
 # %% ../nbs/22_search.ipynb #22e00003
 def _directions(x: np.ndarray) -> np.ndarray: # (n, D) float32 of length 1
-    "Return vectors without their lengths."
+    "Return vectors scaled to length 1."
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/22_search.ipynb #24aa0007
@@ -27,7 +27,7 @@ def _player(
     path: str, # file of the clip
     start: float = 0.0, # seconds into the file
 ) -> str:
-    "Return a player of two seconds as HTML, or the reason why there is none."
+    "Return a player for two seconds of a file as HTML, or the reason why it cannot be played."
     from IPython.display import Audio
 
     from audiomaepp.audio import AudioError, load_audio
@@ -51,7 +51,7 @@ class Hits:
         return len(self.table)
 
     def _shown(self): # DataFrame
-        "Return the columns that a person wants to read."
+        "Return the columns to display."
         own = [c for c in ("label", "start", "end") if c in self.table and self.table[c].notna().any()]
         return self.table[["similarity", "path", *own]]
 
@@ -78,14 +78,14 @@ def _resolved(paths) -> np.ndarray: # (n,) of str
 
 # %% ../nbs/22_search.ipynb #24aa0022
 def _notes(table: str | os.PathLike) -> dict[str, str]: # model, place, pooling_mode, rows, hop
-    "Return what a Parquet file notes about how it was made; nothing if `embed_folder` did not make it."
+    "Return the metadata that `embed_folder` wrote to a Parquet file; empty for other files."
     kept = (parquet_schema(table).metadata or {}).items()
     texts = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in kept}
     return {key.removeprefix("audiomaepp."): value for key, value in texts.items() if key.startswith("audiomaepp.")}
 
 
 def _maker(model, notes: dict[str, str], table: str | os.PathLike) -> EmbeddingGenerator:
-    "Return the generator of a model; raise `ValueError` if the table notes that another one made it."
+    "Return the generator of a model; raise `ValueError` if another one made the table."
     made = model if isinstance(model, EmbeddingGenerator) else EmbeddingGenerator(model)
     if (word := notes.get("model")) and (found := fingerprint(made.model)) != word:
         raise ValueError(f"the model in {made.place or 'memory'} must be the one that made {table} (fingerprint {word})"
@@ -97,7 +97,7 @@ def _maker(model, notes: dict[str, str], table: str | os.PathLike) -> EmbeddingG
 
 
 def _noted_maker(query, notes: dict[str, str], table: str | os.PathLike) -> EmbeddingGenerator:
-    "Return the generator of the model that a table notes; raise an error that names the query if it cannot be read."
+    "Return the generator of the model that made a table; raise an error that names the query if it cannot be read."
     if not notes.get("place"):
         raise ValueError(f"{shown(query)} is not in {table}, which does not say where its model is; "
                          "name the model that made it (--model, in Python model=…)")
@@ -114,7 +114,7 @@ def _embedded(
     notes: dict[str, str], # how the table was made
     width: int, # numbers in an embedding of the table
 ) -> np.ndarray: # (D,)
-    "Embed a query as the table was made; raise `ValueError` if it gets another width."
+    "Embed a query in the way the table was made; raise `ValueError` if its width differs."
     vector = generator.extract_embedding(query, pooling_mode=notes.get("pooling_mode"))
     if len(vector) != width:
         raise ValueError(f"the model must make embeddings of {width} numbers, got {len(vector)}; "
@@ -122,7 +122,7 @@ def _embedded(
     return vector
 
 # %% ../nbs/22_search.ipynb #22e00009
-EXACT = 50_000  # rows up to which all are compared
+EXACT = 50_000  # largest number of rows that are all compared
 
 
 def _opened(table): # Parquet file or DataFrame → DataFrame, its name for error messages, its notes
@@ -138,7 +138,7 @@ def _opened(table): # Parquet file or DataFrame → DataFrame, its name for erro
 
 # %% ../nbs/22_search.ipynb #22e0000c
 def _neighbor_graph(keys: np.ndarray): # pynndescent.NNDescent
-    "Return a graph of the nearest neighbors of each key, which is walked to answer a query."
+    "Return a graph of the nearest neighbors of each key, in which a query is searched."
     from pynndescent import NNDescent
 
     graph = NNDescent(keys, metric="dot", random_state=0)
@@ -150,8 +150,8 @@ def _nearest(
     keys: np.ndarray, # (n, D) directions of the rows
     key: np.ndarray, # (D,) direction of the query
     k: int, # number of rows
-    own: np.ndarray, # (n,) True for rows that are left out
-    graph=None, # what `_neighbor_graph` gave; all rows are compared when left out
+    own: np.ndarray, # (n,) mask of the rows that are left out
+    graph=None, # graph of `_neighbor_graph`; default: all rows are compared
 ) -> tuple[np.ndarray, np.ndarray]: # (k,) numbers of the rows, (k,) similarities
     "Return the rows nearest to a key."
     if graph is None:
@@ -171,8 +171,8 @@ class SoundIndex:
     def __init__(
         self,
         table: str | os.PathLike, # Parquet file of `embed_folder`, or the DataFrame that it returns
-        model=None, # the model that made it, or its folder; the one that the table notes when left out
-        exact: int = EXACT, # rows up to which all are compared; beyond, a graph of neighbors is searched
+        model=None, # model that made it, or its folder; default: the one that the table names
+        exact: int = EXACT, # largest number of rows that are all compared; for more, a graph is searched
     ):
         self.table, self.name, self.notes = _opened(table)
         self.paths = paths_of(self.table)
@@ -232,7 +232,7 @@ class SoundIndex:
 def search(
     query, # path, samples, an embedding, or a list of these: their mean
     embeddings, # Parquet file or DataFrame of `embed_folder`
-    model=None, # the model that made it, for sounds that are not in it
+    model=None, # model that made it; default: the one that the table names
     k: int = 10, # number of rows
 ) -> Hits:
     "Return the `k` clips that sound most like a query; for many queries, make a `SoundIndex` once."

@@ -55,7 +55,7 @@ class Source:
 
     @property
     def place(self) -> str: # absolute path, or "synthetic"
-        "Where the sounds are, seen from any working folder."
+        "Where the sounds are, independent of the working folder."
         return self.data if self.data == "synthetic" else os.path.abspath(self.data)
 
     def find(self, cfg: Config) -> "Recordings":
@@ -79,10 +79,10 @@ class Parts(NamedTuple):
 def open_source(
     source: Source,
     cfg: Config, # sample rate, and seed of a random split
-    quiet: bool = False, # no progress bar
-    out: Path | None = None, # folder that gets skipped.csv if no recording can be used
+    quiet: bool = False, # whether the progress bar is hidden
+    out: Path | None = None, # folder for skipped.csv if there are too few usable recordings
 ) -> Parts:
-    "Return the readable recordings, split."
+    "Return the readable recordings, split into a training part and a held-out part."
     from audiomaepp.data import NoRecordings, drop_unreadable, split
 
     try:
@@ -108,7 +108,7 @@ def open_source(
 
 def skipped_lines(
     skipped: list, # (path, reason) each
-    most: int = 5, # number of lines
+    most: int = 5, # largest number of recordings that are named
 ) -> list[str]:
     "Return lines for a terminal that say what was skipped and why."
     lines = [printable(f"skipped {path}: {reason}") for path, reason in skipped[:most]]
@@ -123,12 +123,12 @@ class _Row(NamedTuple):
     "A recording of a run."
 
     part: str # "train" or "test"
-    label: str # empty without one
-    recordings: "Recordings" # those of the part
-    i: int # row number there
+    label: str # label of the recording; empty if there is none
+    recordings: "Recordings" # recordings of the part
+    i: int # row number in `recordings`
 
     def state(self) -> tuple[str, str]:
-        "Return the file's size (bytes) and time of change (ns); for samples in memory, their number."
+        "Return the file's size (bytes) and modification time (ns); for samples in memory, their number and no time."
         path = self.recordings.paths[self.i]
         if not os.path.isfile(path):
             return str(len(self.recordings.waves[self.i])), ""
@@ -136,7 +136,7 @@ class _Row(NamedTuple):
         return str(stat.st_size), str(stat.st_mtime_ns)
 
     def digest(self) -> str:
-        "Return a digest of the file; for samples in memory, the levels of eight stretches."
+        "Return a digest of the file; for samples in memory, the levels of their eighths."
         import numpy as np
 
         path = self.recordings.paths[self.i]
@@ -151,13 +151,13 @@ def _same(a: str, b: str) -> bool:
     "Return whether two digests stand for the same contents."
     import numpy as np
 
-    with suppress(ValueError):  # levels, and not the digest of a file
+    with suppress(ValueError):  # file digests are no numbers
         return a == b or np.allclose(*(np.array(levels.split(), float) for levels in (a, b)), rtol=0.01)
     return False
 
 # %% ../nbs/16_source.ipynb #4c9dc95b
 def _rows_of(train: "Recordings", test: "Recordings", base: str) -> dict[tuple[str, int], _Row]:
-    "Return the rows of both parts, by name and by how often that name came before."
+    "Return the rows of both parts, by name and by the number of earlier rows of that name."
     base, before, rows = base if os.path.isdir(base) else os.path.dirname(base), Counter(), {}
     for part, recordings in (("train", train), ("test", test)):
         for i, (path, label) in enumerate(zip(recordings.paths, recordings.table["label"], strict=True)):
@@ -190,8 +190,8 @@ def compare_recordings(
     train: "Recordings", # training part as it is now
     test: "Recordings", # held-out part as it is now
     base: str, # folder or table of the data
-) -> tuple["Recordings", "Recordings", list[str]]: # both parts in the order of the table; sentences on what has changed
-    "Compare both parts with what they were when the table was written."
+) -> tuple["Recordings", "Recordings", list[str]]: # both parts in the order of the table; a sentence for each change
+    "Compare both parts with the table of the run."
     now, before = _rows_of(train, test, base), _read_rows(path)
     both = [(key[0], old, now[key]) for key, old in before.items() if key in now]
     touched = [(name, old, row) for name, old, row in both
@@ -215,7 +215,7 @@ def compare_recordings(
 
 
 def _read_rows(path: Path) -> dict[tuple[str, int], dict[str, str]]:
-    "Return the rows of a table, by name and by how often that name came before; raise `ValueError` if it is damaged."
+    "Return the rows of a table, by name and number of earlier rows of that name; raise `ValueError` if it is damaged."
     rows, count = {}, Counter()
     with naming(path, "the table of a run's recordings"), open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file, strict=True):
@@ -253,7 +253,7 @@ def load_source(folder: Path) -> Source:
 
 
 def _names_digest(recordings: "Recordings", base: str) -> str:
-    "Return a short word that changes with the names of the recordings."
+    "Return a short hash of the names of the recordings."
     names = [os.path.relpath(path, base) if os.path.isabs(path) else path for path in recordings.paths]
     return hashlib.sha256("\n".join(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -261,9 +261,9 @@ def _names_digest(recordings: "Recordings", base: str) -> str:
 def open_again(
     run: str | os.PathLike, # folder of the run
     cfg: Config, # settings of the run
-    quiet: bool = False, # no progress bar
+    quiet: bool = False, # whether the progress bar is hidden
 ) -> Parts:
-    "Return a run's recordings, split as they were. Raise `ValueError` that names what has changed since."
+    "Return a run's recordings, split as before; raise a `ValueError` that names what has changed since."
     path = Path(run) / "data.json"
     source, facts = load_source(Path(run)), check_fields(read_json(path), dict(held_out=str, seed=int), path, ["seed"])
     parts = open_source(source, cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run))

@@ -23,9 +23,9 @@ from .model import AudioMAEPlusPlus
 def validation_rows(
     labels: np.ndarray, # (n,) classes of the training clips
     seed: int, # seed of the choice
-    every: int = 10, # one clip in so many, in each class
+    every: int = 10, # number of clips of a class from which one is chosen
 ) -> np.ndarray: # row numbers
-    "Choose a random, class-balanced part of the training clips."
+    "Choose a random part of the training clips, the same share of each class."
     order = np.random.default_rng(seed).permutation(len(labels))
     return order[np.argsort(labels[order], kind="stable")][:: every]
 
@@ -34,7 +34,7 @@ def without_validation(
     train: Recordings, # training part
     seed: int, # seed of the choice
 ) -> tuple[Recordings, Recordings]: # clips that the weights are fitted to, validation clips
-    "Split the training part. Raise `ValueError` if it is too small."
+    "Split off the validation clips; raise `ValueError` if the training part is too small."
     held = validation_rows(train.labels, seed)
     if len(held) == len(train):
         raise ValueError(f"the training part must have at least two recordings, got {len(train)}; add more")
@@ -44,9 +44,9 @@ def without_validation(
 def probe_loader(
     recordings: Recordings, # training or validation clips
     cfg: Config, # duration of a window
-    most: int = 600, # number of clips
+    most: int = 600, # largest number of clips
 ) -> tuple[torch.Tensor, np.ndarray]: # (n, clip_samples) first window of each clip, (n,) labels
-    "Return one window of each clip; of a random part if there are many."
+    "Return the first window of each clip; of a random part if there are more than `most`."
     if len(recordings) > most:
         recordings = recordings.select(np.random.default_rng(cfg.seed).permutation(len(recordings))[:most])
     batches = list(ClipLoader(recordings, cfg, train=False))
@@ -61,7 +61,7 @@ class Validation:
         train: Recordings, # clips that the weights are fitted to
         held: Recordings, # validation clips
         cfg: Config, # settings of the model
-        clips: str = "validation", # prefix of the scores; "heldout" for clips that choose nothing
+        clips: str = "validation", # prefix of the scores; "heldout" for clips that do not choose the checkpoint
     ):
         self.cfg, self.frontend = cfg, build_frontend(cfg)
         self.train, self.held = probe_loader(train, cfg), probe_loader(held, cfg)
@@ -70,7 +70,7 @@ class Validation:
 
     def __call__(self, model: AudioMAEPlusPlus) -> dict[str, float]:
         "Return reconstruction error, uniformity and RankMe of the validation clips; with labels, alignment and kNN-10."
-        torch.manual_seed(self.cfg.seed)  # the same masks each time; the trainer has forked the random state
+        torch.manual_seed(self.cfg.seed)  # the same masks each time; the trainer restores the random state
         held, errors = self.embed(model, self.held[0], reconstruct=True)
         scores = {"reconstruction": float(np.mean(errors))} | _geometry(held, self.held[1])
         scores = {name if name == "rankme" else f"{self.clips}_{name}": score for name, score in scores.items()}
@@ -87,7 +87,7 @@ class Validation:
             spec = frontend(batch.to(device))
             rows.append(model.get_embedding(spec).float().cpu())
             if reconstruct:
-                labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # given, or a second view is encoded
+                labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # without, a second view is encoded
                 errors.append(model(spec, labels).losses["reconstruction"].item())
         return torch.cat(rows).numpy(), errors
 
@@ -101,7 +101,7 @@ def _geometry(x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 # %% ../nbs/23_validation.ipynb #3f837166
 def baseline_features(
-    recordings: Recordings, # at 16 kHz
+    recordings: Recordings, # recordings at 16 kHz
     rows: Iterable[int], # row numbers
 ) -> np.ndarray: # (n, 4 · 80)
     "Return log-mel statistics of whole clips: per band the mean, deviation, deviation of the change, and maximum."
