@@ -48,11 +48,11 @@ def _codes(
     y = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if y.shape != (n,):
         raise ValueError(f"{name} must hold one label for each of {n} embeddings, got shape {y.shape}; "
-                         "use -1 for unlabelled clips")
+                         "use -1 for unlabeled clips")
     if y.dtype.kind == "f" and np.isfinite(y).all() and (y == y.round()).all():
         y = y.astype(np.int64)
     if y.dtype.kind not in "iubUO":
-        raise ValueError(f"{name} must hold whole numbers or names, got {y.dtype}; use -1 for unlabelled clips")
+        raise ValueError(f"{name} must hold whole numbers or names, got {y.dtype}; use -1 for unlabeled clips")
     return y.astype(str) if y.dtype.kind in "UO" else y.astype(np.int64)
 
 
@@ -449,7 +449,7 @@ def _verdict(
                 within.append(pair)
     if not not_above and not within:
         return ""
-    where = "not above the best baseline" if not_above else "above the best baseline, but within the interval"
+    where = "not above the best baseline" if not_above else "above the best baseline, but by less than its interval"
     advice = " or ".join([part for part in (", ".join(hints[:-1]), hints[-1]) if part])
     return f"{name[:1].upper()}{name[1:]} is {where} ({'; '.join(not_above or within)}); try {advice}."
 

@@ -168,7 +168,7 @@ def current(
     "Return the recordings whose rows are up to date; raise `ValueError` if the file holds rows of other recordings."
     held = list(held)
     if others := {name for name, _ in held if name not in states and os.path.exists(name)}:
-        raise ValueError(f"{path} must hold only recordings of this call, got {len(others)} others, such as "
+        raise ValueError(f"{path} must hold only recordings of this call, got {len(others)} from elsewhere, such as "
                          f"{printable(min(others))}; use another file as output")
     return {name for name, state in held if states.get(name) == state}
 

@@ -232,7 +232,7 @@ def test_a_model_at_or_below_a_baseline_is_said_so():
 
 def test_a_lead_within_the_interval_is_called_that():
     said = report_of({"knn": 0.80, "linear": 0.99}, {"knn": 0.75, "linear": 0.5}).verdict(["longer training"])
-    assert said == ("This model is above the best baseline, but within the interval "
+    assert said == ("This model is above the best baseline, but by less than its interval "
                     "(kNN-10 0.80 against 0.75 of log-mel statistics); try longer training.")
     low, _ = wilson_interval(0.80, 80)
     assert low < 0.75
