@@ -158,7 +158,7 @@ def test_the_table_is_as_it_is_now(tmp_path):
         del generate.encoder.embed
     ours, given = (sorted(zip(t["path"], t["label"], strict=True)) for t in (table, late))
     assert ours == given and sorted(table["site"].dropna()) == ["1", "2.5", "a"]
-    with pytest.raises(ValueError, match="only recordings of this call, got 2 others"):
+    with pytest.raises(ValueError, match="only recordings of this call, got 2 from elsewhere"):
         late[:1].to_csv(tmp_path / "c.csv", index=False)
         generate.embed_folder(tmp_path / "c.csv", out, quiet=True)
     with pytest.raises(ValueError, match="must have no column 'start', which is added here"):
