@@ -183,7 +183,7 @@ def against_baseline(
 def remarks_on(
     comparison: Comparison,
 ) -> list[str]:
-    "Return the sentences below the table: baseline, verdicts, collapses, failures, unfinished trainings, skipped recordings."
+    "Return the sentences below the table: baseline, verdicts, collapses, failures, missing results."
     words = [*against_baseline(comparison), *map(str, find_verdicts(comparison))]
     warned = comparison.scores.groupby("setting", sort=False) if comparison.results else {}
     words += [f"{quoted(name)}: {text}" for name, part in warned for text in part["warning"].unique() if text]
