@@ -92,16 +92,16 @@ def _mix(
 
 def _cross_entropy(
     logits: Tensor, # (B, classes)
-    labels: Tensor, # (B,) negative = unlabelled
+    labels: Tensor, # (B,) negative = unlabeled
 ) -> Tensor: # ()
-    "Return the mean cross-entropy of the labelled clips, 0 if there are none."
+    "Return the mean cross-entropy of the labeled clips, 0 if there are none."
     known = labels.long().masked_fill(labels < 0, -100)
     return F.cross_entropy(logits, known, reduction="sum") / (known >= 0).sum().clamp(min=1)
 
 
 def _loss(
     logits: Tensor, # (B, classes)
-    labels: Tensor, # (B,) negative = unlabelled
+    labels: Tensor, # (B,) negative = unlabeled
     mixed: _Mixed | None, # result of `_mix`; None: clips are not mixed
 ) -> Tensor: # ()
     "Return the cross-entropy; for mixed clips, that of both parts, weighted by their shares."
@@ -200,7 +200,7 @@ class Classifier(nn.Module):
     def forward(
         self,
         spec: Tensor, # (B, C, time, mel)
-        labels: Tensor | None = None, # (B,) classes; negative = unlabelled, left out
+        labels: Tensor | None = None, # (B,) classes; negative = unlabeled, left out
         view2: None = None, # not used
     ) -> _Output:
         "Return the logits and, with labels, the cross-entropy; in training mode, apply mixup if it is on."
@@ -239,9 +239,9 @@ class Classifier(nn.Module):
 # %% ../nbs/41_finetune.ipynb #41a00011
 def accuracy(
     classifier: Classifier, # classifier to measure
-    recordings: Recordings, # recordings labelled with the classes of the classifier
+    recordings: Recordings, # recordings labeled with the classes of the classifier
 ) -> float:
-    "Return the share of labelled recordings that get the correct class."
+    "Return the share of labeled recordings that get the correct class."
     labels = recordings.labels
     recordings = recordings.select(labels >= 0)
     names = [recordings.classes[i] for i in recordings.labels]
@@ -261,7 +261,7 @@ CLASSIFIER_FILES = (  # files that finetune writes, and evaluate and map for its
 # %% ../nbs/41_finetune.ipynb #25aa0014
 def finetune(
     model: AudioMAEPlusPlus, # pretrained model; changed in place
-    train: Recordings, # labelled recordings
+    train: Recordings, # labeled recordings
     validation: Recordings | None = None, # recordings whose accuracy chooses the weights; None: last weights
     out: str | os.PathLike | None = None, # folder for the classifier, its checkpoint and history
     layer_decay: float = 0.75, # rate of a block / rate of the block above it; 0 trains only the head
