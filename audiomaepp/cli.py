@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # %% ../nbs/60_cli.ipynb #920986e2
 @dataclass(kw_only=True)
 class Command:
-    "Flags that every command has."
+    "Base class of the commands: the flags that every command has."
 
     json: bool = False # print one JSON object on standard output, everything else on standard error
     quiet: bool = False # print no progress and no messages, only results
@@ -59,12 +59,12 @@ class Command:
         raise NotImplementedError
 
     def after_stop(self) -> str:
-        "Return how to continue when a signal has ended the command."
+        "Return a sentence on how to continue after a signal ended the command."
         return ""
 
 # %% ../nbs/60_cli.ipynb #e9719f4e
 def use_device(name: str):
-    "Let everything run on a device; raise `ValueError` if torch cannot use it here."
+    "Make a device the default for all models; raise `ValueError` if torch cannot use it here."
     import torch
 
     try:
@@ -125,7 +125,7 @@ class Train(Command):
 
 # %% ../nbs/60_cli.ipynb #7f91514e
 def as_begun(train: Train) -> tuple[Source, Config]:
-    "Return a run's own data and settings; raise `ValueError` at a flag that differs from them, except for epochs."
+    "Return a run's own data and settings; raise `ValueError` if a flag other than epochs differs from them."
     from audiomaepp.source import load_source
     from audiomaepp.train import Checkpoints
 
@@ -357,7 +357,7 @@ def read_axis(
 
 
 def _read_value(name: str, kind: Any, text: str) -> Any:
-    "Return a value as Python has it; text that is no such value stays as it is."
+    "Return the text as a Python value; text that is not a valid value is returned unchanged."
     if kind is bool:
         if text.lower() not in _SWITCH:
             raise ValueError(f"{name} must be true or false, got {text!r}; use {name}=true,false")
@@ -372,14 +372,14 @@ def _read_value(name: str, kind: Any, text: str) -> Any:
 
 
 def _as_flag(value: Any) -> str:
-    "Return a value as `_read_value` reads it."
+    "Return a value as text that `_read_value` can read."
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 # %% ../nbs/60_cli.ipynb #d5b3b79a
 def read_axes(
-    texts: list[str], # see `read_axis`
+    texts: list[str], # axes, see `read_axis`
     base: Config, # settings that the axes change
-    losses: bool = False, # the four loss settings at each point of the grid
+    losses: bool = False, # whether to use the four loss settings at each point of the grid
 ) -> dict[str, dict] | list[dict]: # settings for `compare_losses`
     "Return every combination of the axes; without any, the four loss settings."
     from audiomaepp.lab import LOSSES, grid, name_settings
@@ -400,7 +400,7 @@ def read_axes(
 
 
 def _need_effect(axes: dict[str, list], base: Config, losses: bool):
-    "Raise `ValueError` at an axis that changes nothing, or that changes start and data at once."
+    "Raise `ValueError` if an axis has no effect, is varied already by `losses`, or is the seed."
     if "seed" in axes:
         raise ValueError("seed cannot be an axis; use --seeds 0 1 2 to train each setting with each of these")
     for name in axes:
@@ -478,12 +478,12 @@ def lab_folder(lab: Lab, experiment: "Experiment") -> Path:
 
 
 def write_files(
-    comparison: "Comparison",
-    folder: str | os.PathLike, # where to write
+    comparison: "Comparison", # comparison to write
+    folder: str | os.PathLike, # folder to write into
     color: str = "label", # column that colors maps.png
-    maps: bool = True, # draw maps
-    repeat: str = "", # command line that made it
-) -> list[Path]: # files
+    maps: bool = True, # whether to draw maps
+    repeat: str = "", # command line that made the comparison
+) -> list[Path]: # written files
     "Write report.html, table.csv, curves.png, maps.png; skipped.csv if something was skipped."
     folder, drawn = Path(folder), {}
     write_atomic(folder / "table.csv", comparison.table.to_csv(index_label="row").encode("utf-8", "replace"))
@@ -569,7 +569,7 @@ _SOURCE = ("data", "fold", "group", "label_from", "group_from")
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    "Return the comment beside each field of a dataclass, also of the classes that it inherits from."
+    "Return the comment beside each field of a dataclass and of its base classes."
     found = {}
     for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(base))
@@ -581,7 +581,7 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def shortened(cls: type, names: tuple[str, ...]) -> type:
-    "Return a dataclass whose help shows some fields only."
+    "Return a dataclass whose help shows only some fields."
     hints, notes = get_type_hints(cls, include_extras=True), comments(cls)
     kinds = {f.name: Annotated[hints[f.name], tyro.conf.arg(help=notes[f.name])] if f.name in names
              else tyro.conf.Suppress[hints[f.name]] for f in dataclasses.fields(cls)}
@@ -599,9 +599,9 @@ _ABOUT = ("AudioMAE++: see what a loss does to an embedding space. --debug anywh
 
 
 def parse(
-    argv: list[str], # words behind `audiomaepp`
+    argv: list[str], # arguments after `audiomaepp`
 ) -> Command:
-    "Return the command that the words ask for; exit after --help or a mistake."
+    "Return the command for the arguments; exit after --help or an invalid argument."
     found = re.search(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(argv))
     preset = found[1] if found else "nano"
     if preset not in PRESETS:
@@ -628,7 +628,7 @@ def parse(
 
 # %% ../nbs/60_cli.ipynb #a31cd004
 def _short_command(cls: type, start: dict) -> tuple[type, dict]:
-    "Return a command whose help shows the often changed settings only, and its default."
+    "Return a command whose help shows only the settings that are often changed, and its default."
     parts = {"data": (shortened(Source, _SOURCE), Source()), "config": (shortened(Config, _OFTEN), start["config"])}
     values, kinds = {}, {}
     for name, (kind, now) in parts.items():
@@ -638,8 +638,8 @@ def _short_command(cls: type, start: dict) -> tuple[type, dict]:
     return made, {"default": made(preset=start["preset"])}
 
 # %% ../nbs/60_cli.ipynb #d75deb92
-def answer(argv: list[str]) -> str | None: # None if the words ask for a command
-    "Return what --version and --preset without a name print; raise `ValueError` at a command that does not exist."
+def answer(argv: list[str]) -> str | None: # None if the arguments are for a command
+    "Return the output of --version and of --preset without a name; raise `ValueError` for an unknown command."
     if argv[:1] in (["--version"], ["-V"]):
         return f"audiomaepp {__version__}"
     at = argv.index("--preset") + 1 if "--preset" in argv else None
@@ -657,8 +657,8 @@ def answer(argv: list[str]) -> str | None: # None if the words ask for a command
 _PLAIN = str.maketrans({"–": "-", "−": "-", "…": "...", "·": "|", "•": "*", "★": "*", "±": "+-", "×": "x", "→": "->"})
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]: # text that is printed instead, position after it
-    "Return a substitute for characters that an encoding lacks."
+def _plain(error: UnicodeError) -> tuple[str, int]: # replacement, position after the replaced characters
+    "Return a replacement for characters that an encoding lacks."
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = printable(error.object[error.start : error.end].translate(_PLAIN))
@@ -692,9 +692,9 @@ def error_line(error: Exception) -> str:
 
 # %% ../nbs/60_cli.ipynb #f58ff0d7
 def main(
-    argv: list[str] | None = None, # words behind `audiomaepp`; those of the command line by default
+    argv: list[str] | None = None, # arguments after `audiomaepp`; None: those of the command line
 ):
-    "The `audiomaepp` command."
+    "Run the `audiomaepp` command."
     words, command = sys.argv[1:] if argv is None else argv, None
     debug = "--debug" in words or os.environ.get("AUDIOMAEPP_DEBUG", "0") not in ("", "0")
     for stream in (sys.stdout, sys.stderr):
@@ -718,7 +718,7 @@ def main(
             print(f"\n{stopped or 'Stopped'}. {words}".rstrip(), file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     except BrokenPipeError:
-        with suppress(OSError):  # what is left to write goes nowhere, or Python complains when it ends
+        with suppress(OSError):  # the rest of the output is discarded; otherwise Python prints an error when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as a process that SIGPIPE ended
     except Exception as error:
@@ -727,5 +727,5 @@ def main(
         sys.exit(printable(f"audiomaepp: {error_line(error)}"))
 
 # %% ../nbs/60_cli.ipynb #c11e0005
-if __name__ == "__main__" and __package__:  # a notebook is no part of a package
+if __name__ == "__main__" and __package__:  # not in a notebook, which has no package
     main()

@@ -39,10 +39,10 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
     def __init__(
         self,
         model=None, # a model, a folder with one, or a repository of the Hub
-        pooling_mode=None, # "cls", "mean", "cls+mean" or "frame"; the config's when left out
-        sample_rate=None, # Hz of samples in X; the model's own when left out
-        device=None, # a GPU if there is one, when left out
-        batch_size=32, # windows per batch
+        pooling_mode=None, # "cls", "mean", "cls+mean" or "frame"; None: the config's
+        sample_rate=None, # sample rate of samples in X, in Hz; None: the model's own
+        device=None, # device of the model; None: a GPU if there is one
+        batch_size=32, # number of windows in a batch
     ):
         self.model, self.pooling_mode, self.sample_rate = model, pooling_mode, sample_rate
         self.device, self.batch_size = device, batch_size
@@ -68,7 +68,7 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
         return self._generator().extract_embedding(as_recordings(self, X), self.sample_rate, self.pooling_mode)
 
     def _generator(self) -> EmbeddingGenerator:
-        "Return the generator; make it at first need, and again when a parameter has changed."
+        "Return the generator; create it at first use, and again after a parameter has changed."
         model, *how = getattr(self, "_made", (None, None, None, None))
         if model is not self.model or how[:2] != [self.device, self.batch_size]:
             generator = EmbeddingGenerator(self.model, self.device, self.batch_size)

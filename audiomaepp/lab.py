@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 # %% ../nbs/42_lab.ipynb #1bc3e3f0
 @dataclass(eq=False, repr=False)
 class Comparison:
-    "Several settings, trained alike and scored on the same held-out clips."
+    "Several settings, trained in the same way and scored on the same held-out clips."
 
     experiment: "Experiment" # settings, seeds and data
     held_out: "pd.DataFrame" # (m rows) held-out clips: path, label, metadata
@@ -116,7 +116,7 @@ class Comparison:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Comparison":
-        "Read what `save` or `compare_losses` wrote, finished or not; `ValueError` that names a damaged file."
+        "Read what `save` or `compare_losses` wrote, finished or not; raise `ValueError` for a damaged file."
         return cls(**read_comparison(folder))
 
     def same_as(self, other: "Comparison") -> bool:
@@ -141,7 +141,7 @@ BASELINE, CHANCE = "log-mel statistics", "chance"
 
 
 def scores_of(
-    comparison: Comparison,
+    comparison: Comparison, # trained settings
 ) -> "pd.DataFrame":
     "Return a row for each embedding: setting, pooling, seed, every score, and a warning if it has collapsed."
     import pandas as pd
@@ -175,7 +175,7 @@ def results_of(
     row: str, # row of the table, or name of a setting
     seed: int | None = None, # seed of the training; None: all seeds
 ) -> "list[Result]": # one for each seed
-    "Return the results behind a row of the table; raise `ValueError` if there are none."
+    "Return the results that a row of the table summarizes; raise `ValueError` if there are none."
     rows = {BASELINE: [comparison.baseline]}
     for result in comparison.results:
         rows.setdefault(comparison.experiment.row(result.setting, result.pooling), []).append(result)
@@ -219,7 +219,7 @@ def grid(
 def plain_value(
     value, # value of a setting
 ) -> str:
-    "Return a value as it is written on a command line: 8×16, 0.1."
+    "Return a value as text: 8×16, 0.1."
     return "×".join(map(plain_value, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -236,7 +236,7 @@ def _named_by_difference(settings: list[dict]) -> dict[str, dict]:
     return named
 
 # %% ../nbs/42_lab.ipynb #2bd7ff9b
-_OLD_BASELINE = "log-mel statistics (floor)"  # its name in folders of version 0.1
+_OLD_BASELINE = "log-mel statistics (floor)"  # name of the baseline in folders of version 0.1
 
 
 def name_settings(
@@ -259,15 +259,15 @@ def name_settings(
 
 # %% ../nbs/42_lab.ipynb #28f2789c
 def clip_digests(
-    recordings: Recordings,
+    recordings: Recordings, # clips to compare
 ) -> list[str]: # one for each clip
     "Return digests of the samples, which do not depend on the names of the files."
     return [hashlib.sha256(recordings.wav(i).numpy().tobytes()).hexdigest()[:16] for i in range(len(recordings))]
 
 
 def count_of(
-    n: int,
-    noun: str, # in the singular
+    n: int, # number of things
+    noun: str, # noun in the singular
 ) -> str:
     "Return a number with its noun: 1 clip, 2 clips."
     return f"{n} {noun}{'s' * (n != 1)}"
@@ -277,7 +277,7 @@ def without_copies(
     train: Recordings, # training part
     test: Recordings, # held-out part
     given: bool = False, # whether the user made the parts, so that a shared clip is an error
-) -> tuple[Recordings, str]: # training clips that are not held out; a note on what was left out
+) -> tuple[Recordings, str]: # training clips that are not held out; note on the removed clips, or empty
     "Return the training part without copies of held-out clips."
     held = dict(zip(clip_digests(test), test.paths, strict=True))
     copies = [(i, held[digest]) for i, digest in enumerate(clip_digests(train)) if digest in held]
@@ -301,7 +301,7 @@ def _common_classes(*parts: Recordings) -> list[Recordings]:
 def open_parts(
     data, # what `open_recordings` opens, or a pair: (training part, held-out part), as `split` returns it
     sample_rate: int, # Hz
-    quiet: bool = True, # no progress bar
+    quiet: bool = True, # whether to show no progress bar
     **how, # fold, group, held_out, fraction, seed: see `split`
 ) -> tuple[Recordings, Recordings, str]: # training part, held-out part, description of the split
     "Return the readable recordings in two parts that share no clip."
@@ -332,7 +332,7 @@ def _library_versions() -> dict[str, str]:
 
 @dataclass
 class Experiment:
-    "Everything that decides the numbers of a comparison, as plain JSON types."
+    "Everything that affects the numbers of a comparison, as plain JSON types."
 
     settings: dict[str, dict] # config fields that each setting changes, by its name
     seeds: list[int] # seeds with which each setting is trained
@@ -398,7 +398,7 @@ def differences(
     now: dict, # JSON object to compare with
     name: str = "", # prefix of the keys
 ) -> list[str]:
-    "Return each value that differs, in words."
+    "Return a sentence for each value that differs."
     words = []
     for key in dict.fromkeys([*before, *now]):
         a, b = (repr(facts[key]) if key in facts else "missing" for facts in (before, now))
@@ -411,7 +411,7 @@ def differences(
 
 def obstacles(
     there: Experiment, # experiment in the folder
-    now: Experiment, # experiment that the folder shall hold
+    now: Experiment, # experiment to store in the folder
 ) -> list[str]: # empty if only settings or seeds are added
     "Return the differences that keep a stored comparison from growing into another one."
     before, after = ({**asdict(e), "clips in pairs of a class": e.in_pairs()} for e in (there, now))
@@ -424,7 +424,7 @@ def obstacles(
 
 # %% ../nbs/42_lab.ipynb #bb3df9ef
 def wants_pairs(
-    experiment: Experiment,
+    experiment: Experiment, # design of the comparison
     train: Recordings, # training part
 ) -> bool:
     "Return whether batches hold pairs of a class: some clips have labels, and some setting contrasts them."
@@ -432,14 +432,14 @@ def wants_pairs(
 
 
 class _Progress:
-    "The progress bar and the clock of one training; the clock stops during measurements."
+    "The progress bar and the clock of one training; the clock stops while scores are computed."
 
     def __init__(self, validation: Validation, bar: tqdm):
         self.validation, self.bar, self.first = validation, bar, bar.n
         self.before, self.paused, self.began = 0.0, 0.0, time.perf_counter()
 
     def start(self, history: History):
-        "Start the clock, after an interruption with the seconds reached before."
+        "Start the clock; after an interruption, at the seconds of the last row of the history."
         self.before, self.began = (history["seconds"] or [0.0])[-1], time.perf_counter()
 
     def evaluate(self, model: AudioMAEPlusPlus) -> dict[str, float]:
@@ -464,7 +464,7 @@ def train_one(
     pairs: bool, # whether batches hold pairs of a class
     bar: tqdm, # progress bar that counts epochs
 ) -> tuple[AudioMAEPlusPlus, History]: # model with the last weights; losses and scores during training
-    "Train one model; held-out clips are measured on the way and choose nothing."
+    "Train one model; score the held-out clips during training, without using the scores to choose weights."
     progress = _Progress(Validation(*parts, cfg, "heldout"), bar)
     options = dict(transform=Augment(cfg, build_frontend(cfg)), callback=progress.row, quiet=True)
     begun = (folder / "checkpoint.safetensors").exists()
@@ -496,7 +496,7 @@ class Result:
         labels: tuple[np.ndarray, np.ndarray], # (n,) and (m,) class codes, −1 = unlabeled
         **more: float, # scores measured elsewhere
     ) -> "Result":
-        "Return the result of embedding both parts."
+        "Compute the result from the embeddings of both parts."
         (train_x, x), (train_y, y) = embeddings, labels
         nearest, labeled = nearest_rows(train_x, x).numpy(), bool((train_y >= 0).any())
         own = np.where(y >= 0, (train_y[nearest] == y[:, None]).mean(1), np.nan)
@@ -516,11 +516,11 @@ def _embed(model: AudioMAEPlusPlus, recordings: Recordings, pooling: str) -> np.
 
 
 def score_model(
-    model: AudioMAEPlusPlus, # trained
+    model: AudioMAEPlusPlus, # trained model
     setting: str, # name of its setting
-    experiment: Experiment,
+    experiment: Experiment, # design of the comparison
     parts: tuple[Recordings, Recordings], # training part, held-out part
-    history: History, # of the training
+    history: History, # history of its training
 ) -> list[Result]: # one for each pooling mode
     "Embed every clip with a trained model and return the scores."
     last, labels = history.rows[-1], tuple(part.labels for part in parts)
@@ -547,7 +547,7 @@ def _slug(name: str) -> str:
 def run_folder(
     folder: str | os.PathLike, # folder of the comparison
     setting: str, # name of the setting, or `BASELINE`
-    seed: int,
+    seed: int, # seed of the training
 ) -> Path:
     "Return the folder of one training, or of the baseline."
     old = Path(folder) / _slug(_OLD_BASELINE)
@@ -623,17 +623,17 @@ def _experiment_of(path: Path) -> Experiment:
 
 
 def _utf8(value) -> str | None:
-    "Return a cell of a table as text that can be written: names of files may hold bytes that are not UTF-8."
+    "Return a cell of a table as valid UTF-8 text; file names may hold other bytes."
     return value if isinstance(value, bytes) else None if value is None or value != value else printable(str(value))
 
 
 def begin_folder(
-    folder: str | os.PathLike, # folder of the comparison; made if missing
-    experiment: Experiment,
+    folder: str | os.PathLike, # folder of the comparison; created if missing
+    experiment: Experiment, # design of the comparison
     held_out: "pd.DataFrame", # held-out clips
-    facts: dict, # chance, skipped
+    facts: dict, # more entries of comparison.json: chance, skipped
 ):
-    "Write the description of a comparison; raise `ValueError` if the folder holds one that cannot grow into it."
+    "Write the description of a comparison; raise `ValueError` if the folder holds one that cannot be extended to it."
     path = Path(folder) / "comparison.json"
     if path.exists() and (words := obstacles(_experiment_of(path), experiment)):
         more = f"; and {len(words) - 4} more" * (len(words) > 4)
@@ -650,8 +650,8 @@ def begin_folder(
 
 
 def write_comparison(
-    comparison: Comparison,
-    folder: str | os.PathLike, # a new folder, or one that holds this comparison
+    comparison: Comparison, # comparison to store
+    folder: str | os.PathLike, # new folder, or one that holds this comparison
 ):
     "Write everything except the models."
     with only_writer(folder):
@@ -715,7 +715,7 @@ def read_comparison(
 
 # %% ../nbs/42_lab.ipynb #fe40b0e3
 def _timeless(comparison: Comparison) -> str:
-    "Return scores and histories as text, without what depends on the speed of the machine."
+    "Return scores and histories as text, without columns that depend on the speed of the machine."
     timing = ("seconds", "clips_per_s")
     rows = [row for history in comparison.histories.values() for row in history.rows]
     rows += [result.scores for result in comparison.results]
@@ -723,8 +723,8 @@ def _timeless(comparison: Comparison) -> str:
 
 
 def same_numbers(
-    one: Comparison,
-    other: Comparison,
+    one: Comparison, # first comparison
+    other: Comparison, # second comparison
 ) -> bool:
     "Return whether two comparisons have the same numbers, training time left out."
     if asdict(one.experiment) != asdict(other.experiment) or len(one.results) != len(other.results):
@@ -741,7 +741,7 @@ def _digest(recordings: Recordings) -> str:
 
 
 def _split_arguments(data, how: dict) -> dict:
-    "Return the arguments of the split as plain JSON types; none where the data came in two parts."
+    "Return the arguments of the split as plain JSON types; empty if the data came in two parts."
     if isinstance(data, tuple | list):
         return {}
     if chosen := [name for name in ("fold", "group", "held_out") if how[name] is not None]:
@@ -754,18 +754,18 @@ def _split_arguments(data, how: dict) -> dict:
 
 
 def _versions_of(folder: Path, experiment: Experiment) -> dict[str, str]:
-    "Return the versions in a finished folder, where nothing more is trained; else those of today."
+    "Return the stored versions of a finished comparison, which trains nothing more; otherwise the current ones."
     finished = all(_is_finished(run_folder(folder, *run)) for run in [(BASELINE, 0), *experiment.runs()])
     path = folder / "comparison.json"
     return _experiment_of(path).versions if finished and path.exists() else experiment.versions
 
 
 def score_baseline(
-    experiment: Experiment,
+    experiment: Experiment, # design of the comparison
     parts: tuple[Recordings, Recordings], # training part, held-out part
     folder: Path, # folder of the comparison
 ):
-    "Begin the folder and write the scores of log-mel statistics."
+    "Create the folder and write the scores of log-mel statistics."
     train, test = parts
     labels = train.labels, test.labels
     known = all((y >= 0).any() for y in labels)
@@ -779,7 +779,7 @@ def score_baseline(
 
 # %% ../nbs/42_lab.ipynb #ad82d5c8
 def run_one(
-    experiment: Experiment,
+    experiment: Experiment, # design of the comparison
     run: tuple[str, int], # setting, seed
     parts: tuple[Recordings, Recordings], # training part, held-out part
     folder: Path, # folder of the comparison
@@ -798,10 +798,10 @@ def run_one(
 
 
 def run_all(
-    experiment: Experiment,
+    experiment: Experiment, # design of the comparison
     parts: tuple[Recordings, Recordings], # training part, held-out part
     folder: Path, # folder of the comparison
-    quiet: bool, # no progress bar
+    quiet: bool, # whether to show no progress bar
 ):
     "Train and score every setting with every seed."
     epochs = sum(experiment.config(*run).epochs for run in experiment.runs())
@@ -818,19 +818,19 @@ def compare_losses(
     seeds: Iterable[int] = (0,), # seeds with which each setting is trained
     *,
     base: Config | str | None = None, # what the settings change: a config, the name of a preset, or None for nano
-    out: str | os.PathLike | None = None, # folder of the comparison; an interrupted one resumes, and it may grow
+    out: str | os.PathLike | None = None, # folder of the comparison; a later call resumes or extends it
     pooling: str | Sequence[str] | None = None, # pooling modes in which each model is embedded; None: the config's
     fold=None, # fold to hold out, see `split`
     group=None, # group to hold out, see `split`
     held_out=None, # rows to hold out, see `split`
     fraction: float = 0.2, # share of the clips to hold out at random
     split_seed: int = 0, # seed of the random split
-    quiet: bool = False, # no progress bar
+    quiet: bool = False, # whether to show no progress bar
 ) -> Comparison:
     """Train every setting from the same weights on the same batches, and score all on the same held-out clips.
 
-    Raises `ValueError` where `out` holds another comparison or other files, `OutputError` where another process writes
-    to it, and `Stopped` when a signal has ended a training and its checkpoint is saved.
+    Raises `ValueError` if `out` holds another comparison or other files, `OutputError` if another process writes to it,
+    and `Stopped` if a signal ended a training after its checkpoint was saved.
     """
     experiment = design(settings, seeds, base, pooling)
     how = dict(fold=fold, group=group, held_out=held_out, fraction=fraction, seed=split_seed)

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def _pca_2d(
     x: np.ndarray, # (n, D)
 ) -> np.ndarray:
-    "Return (n, 2) float32 principal components; a missing second one is 0."
-    if not np.ptp(x, axis=0).any(): # one point, or all are equal
+    "Return (n, 2) float32 principal components; the second is 0 if there is only one."
+    if not np.ptp(x, axis=0).any(): # one clip, or all clips equal
         return np.zeros((len(x), 2), np.float32)
     from sklearn.decomposition import PCA
 
@@ -60,7 +60,7 @@ def umap_2d(
     if len(x) < 15 or not scaled.any():
         return _pca_2d(x)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # about the spectral start and disconnected points; users cannot act on them
+        warnings.simplefilter("ignore") # about initialization and disconnected points; users cannot act on them
         from umap import UMAP
 
         near = min(n_neighbors, len(x) - 1)
@@ -117,7 +117,7 @@ def _neighbor_graph(
 
     k = min(n_neighbors, len(x))
     distances, indices = NearestNeighbors(n_neighbors=k - 1, metric="cosine").fit(x).kneighbors()
-    indices = np.column_stack([np.arange(len(x)), indices]) # UMAP wants each clip as its own nearest neighbor
+    indices = np.column_stack([np.arange(len(x)), indices]) # UMAP expects each clip as its own nearest neighbor
     distances = np.pad(distances, ((0, 0), (1, 0))).astype(np.float32)
     return fuzzy_simplicial_set(x, k, None, "cosine", knn_indices=indices, knn_dists=distances)[0]
 
@@ -127,8 +127,8 @@ def _attraction(
     i: torch.Tensor, # (E,) first clip of each edge
     j: torch.Tensor, # (E,) second clip of each edge
     weight: torch.Tensor, # (E, 1)
-    a: float, # UMAP's similarity at distance d is 1 / (1 + a d^2b)
-    b: float,
+    a: float, # factor in UMAP's similarity 1 / (1 + a d^2b) at distance d
+    b: float, # exponent in the same formula
 ) -> torch.Tensor:
     "Return (n, 2) the sum of the forces along the edges."
     apart = xy[i] - xy[j]
@@ -139,11 +139,11 @@ def _attraction(
 def _repulsion(
     xy: torch.Tensor, # (n, 2) positions
     degree: torch.Tensor, # (n, 1) sum of the weights of each clip
-    drawn, # index of the m clips that repel the others
-    a: float, # UMAP's similarity at distance d is 1 / (1 + a d^2b)
-    b: float,
-    square: torch.Tensor, # (n, m) memory that is used again in each step
-    force: torch.Tensor, # (n, m) memory that is used again in each step
+    drawn, # index of the m clips that repel all others
+    a: float, # factor in UMAP's similarity 1 / (1 + a d^2b) at distance d
+    b: float, # exponent in the same formula
+    square: torch.Tensor, # (n, m) buffer, reused in each step
+    force: torch.Tensor, # (n, m) buffer, reused in each step
 ) -> torch.Tensor:
     "Return (n, 2) the sum of the forces 1 / ((0.01 + d^2) (1 + a d^2b)) between all clips and the drawn ones."
     z, weight = xy[drawn], degree[drawn]
@@ -162,7 +162,7 @@ def _settle(
     graph, # (n, n) SciPy sparse matrix, weights of the edges
     xy, # (n, 2) positions at the start
     seed: int, # seed of the noise
-    steps: int = 300, # number of steps, which become shorter; the first half has noise
+    steps: int = 300, # number of steps; each is shorter than the one before, and the first half adds noise
 ) -> np.ndarray:
     "Return (n, 2) positions at which UMAP's forces are in balance."
     from umap.umap_ import find_ab_params
@@ -201,7 +201,7 @@ def _reference(
 
 # %% ../nbs/31_maps.ipynb #5ee4fd7c
 def _format_score(
-    value: float | str, # score, or a word
+    value: float | str, # score, or a text that is returned unchanged
 ) -> str:
     "Return a number with two or three significant digits, and a dash for NaN."
     if isinstance(value, str):
@@ -259,7 +259,7 @@ def _standardized(
     name: str, # name of the embedding
     x, # (n, D)
 ) -> np.ndarray:
-    "Return (n, D) standardized; an error names the embedding."
+    "Return (n, D) standardized embeddings; an error names the embedding."
     try:
         return standardize(x)[0]
     except ValueError as e:
@@ -513,7 +513,7 @@ def plot_shift(
     held_out: str | None, # name of the held-out clips, "fold 5, 80 clips"; None: training clips
     names: Sequence[str] | None = None, # names of the classes 0, 1, …
     moved=None, # (n,) how much each clip changed; None: its displacement on the map
-    most: int = 30, # number of clips with a line
+    most: int = 30, # largest number of clips with a line
     size: float = 3.6, # inches
 ) -> "Figure":
     "Return the second map with a line from the old position of each clip that moved most."
@@ -581,7 +581,7 @@ def _traces(
 # %% ../nbs/31_maps.ipynb #5d7592ff
 def save_html_map(
     xy, # (n, 2) positions, or (n, D) embeddings
-    table, # DataFrame or dict of columns, n values in each; shown at the pointer
+    table, # DataFrame or dict of columns with n values each; shown at the pointer
     path: str | Path, # HTML file to write
     title: str = "", # title of the map
     *,

@@ -30,7 +30,7 @@ from .weights import check_finite, check_shapes, read_tensors, sizes, weight_sha
 def _find(
     source: str | os.PathLike, # folder, or name of a Hub repository
     name: str, # file in it
-    options: dict, # of `hf_hub_download`
+    options: dict, # arguments of `hf_hub_download`
 ) -> Path:
     "Return the path of a model's file, downloaded if `source` is a repository."
     path, use = Path(source) / name, "use a folder that save_pretrained or a run wrote"
@@ -50,8 +50,8 @@ def from_pretrained(
     kind: type[AudioMAEPlusPlus], # class of the model
     source: str | os.PathLike, # folder of a model or a run, or name of a Hub repository ("owner/name")
     device: str | torch.device = "cpu", # device of the model
-    **options, # of `hf_hub_download`: revision, token, cache_dir, local_files_only, force_download
-) -> AudioMAEPlusPlus: # in evaluation mode
+    **options, # arguments of `hf_hub_download`: revision, token, cache_dir, local_files_only, force_download
+) -> AudioMAEPlusPlus: # model in evaluation mode
     """Read a model.
 
     Raises `FileNotFoundError` if there is none, `ValueError` if a file is damaged or the files do not belong together.
@@ -108,7 +108,7 @@ def push_to_hub(
     private: bool | None = None, # whether a new repository is private; the owner's default if None
     branch: str | None = None, # branch of the commit; the main branch if None
     commit_message: str = "Upload an audiomaepp model", # message of the commit
-    **options, # of `HfApi.upload_folder`: create_pr, allow_patterns, ignore_patterns, delete_patterns
+    **options, # arguments of `HfApi.upload_folder`: create_pr, allow_patterns, ignore_patterns, delete_patterns
 ) -> str: # URL of the commit
     "Upload weights, config and model card in one commit."
     api = HfApi(token=token)
@@ -120,7 +120,7 @@ def push_to_hub(
 
 # %% ../nbs/50_pretrained.ipynb #30aa0007
 class _Note:
-    "Stand-in for an object that a checkpoint holds beside its weights: stores its state, runs nothing."
+    "Replacement for an object that a checkpoint holds beside its weights: stores its state, runs nothing."
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -141,7 +141,7 @@ _NOTES = re.compile(
 def _unpickled(
     path: Path, # file of `torch.save`
 ) -> dict:
-    "Return what a file of `torch.save` holds, through torch's safe loader. Raises `ValueError` if it asks to run code."
+    "Return the content of a file of `torch.save`, by torch's safe loader. Raises `ValueError` if it asks to run code."
     kind = "a checkpoint of torch.save"
     if zipfile.is_zipfile(path):
         check_archive(path, kind)
@@ -152,7 +152,7 @@ def _unpickled(
             with torch.serialization.safe_globals([(_Note, name) for name in wanted]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         asked = ", ".join(code)
-    except Exception as error:  # of an old format, or none: torch raises anything from KeyError to struct.error
+    except Exception as error:  # old format or no checkpoint: torch raises anything from KeyError to struct.error
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as refusal:
@@ -194,10 +194,10 @@ def read_weights(
 
 def _check_numbers(
     weights: Mapping[str, Tensor], # weights of a checkpoint
-    path: str | os.PathLike, # the file, for the message
+    path: str | os.PathLike, # file, for the message
     size: int | None, # bytes of the file; None if there is none
 ):
-    "Raise `ValueError` if a tensor is not made of finite numbers that are in the file."
+    "Raise `ValueError` if a tensor is not an ordinary tensor of finite numbers that the file contains."
     for name, value in weights.items():
         strange = value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
         if strange or size is not None and value.numel() * value.element_size() > size:
@@ -224,7 +224,7 @@ _NAMES = {
 def kind_of(
     names: Iterable[str], # names of a checkpoint's weights
 ) -> str: # "AudioMAE++" or "AudioMAE"
-    "Return which model a checkpoint is of. Raises `ValueError` if it is of neither."
+    "Return which model a checkpoint belongs to. Raises `ValueError` if it belongs to neither."
     names = set(names)
     if "encoder.blocks.0.ffn1.layer1.weight" in names:
         return "AudioMAE++"
@@ -247,7 +247,7 @@ def _renamed(
 # %% ../nbs/50_pretrained.ipynb #30aa0016
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}  # width → heads of the released encoders
 _DECODER_HEADS = {"AudioMAE++": 8, "AudioMAE": 16}
-_DECODER_WIDTHS = (384, 512)  # of the released decoders
+_DECODER_WIDTHS = (384, 512)  # widths of the released decoders
 
 
 def _depth(weights: Mapping[str, Tensor], stack: str) -> int:
@@ -296,9 +296,9 @@ def _some(names: list[str], most: int = 6) -> str:
 
 @dataclass
 class Placement:
-    "Which weights of a checkpoint the model took, and which not."
+    "Which weights of a checkpoint the model uses, and which not."
     kind: str # model of the checkpoint: "AudioMAE++" or "AudioMAE"
-    placed: int = 0 # number of tensors that the model took
+    placed: int = 0 # number of tensors that the model uses
     missing: list[str] = field(default_factory=list) # parameters of the model that the checkpoint lacks
     unexpected: list[str] = field(default_factory=list) # tensors of the checkpoint without a place in the model
     wrong_shape: list[str] = field(default_factory=list) # tensors of another shape than the model's, with both shapes
@@ -312,7 +312,7 @@ class Placement:
 # %% ../nbs/50_pretrained.ipynb #30aa0019
 def leave_out(
     weights: dict[str, Tensor], # weights under our names; changed in place
-    report: Placement, # gets a remark on each change
+    report: Placement, # report; gets a remark on each change
 ):
     "Remove weights that are known to have no place in the model."
     unused = [name for name in weights if report.kind == "AudioMAE++" and ".norm3." in name]
@@ -332,7 +332,7 @@ def leave_out(
 def place(
     places: dict[str, tuple[int, ...]], # shapes of the model's weights
     weights: dict[str, Tensor], # weights under our names
-    report: Placement, # gets the result
+    report: Placement, # report; gets the result
 ) -> dict[str, Tensor]: # weights that have a place
     "Return the weights that fit, and report the others. Raises `ValueError` if the encoder is not complete."
     fitting = {n: t.float() for n, t in weights.items() if n in places and tuple(t.shape) == places[n]}
@@ -367,11 +367,11 @@ def check_positions(
 # %% ../nbs/50_pretrained.ipynb #30aa0020
 def load_official(
     source: str | os.PathLike | Mapping, # released checkpoint (.pth, .safetensors), or the state dict in it
-    **settings, # settings that shapes do not show (num_heads of an unusual width), or that are to be different
-) -> AudioMAEPlusPlus: # in evaluation mode, with a `Placement` in `.placement`
+    **settings, # settings that shapes do not show (num_heads of an unusual width), or that shall be different
+) -> AudioMAEPlusPlus: # model in evaluation mode, with a `Placement` in `.placement`
     """Return a released AudioMAE++ or AudioMAE checkpoint, or a timm port of AudioMAE's encoder, as a model.
 
-    `.placement` lists what had no place; a warning says so if that was unexpected. Raises `ValueError` if the
+    `.placement` lists weights without a place; unexpected ones raise a warning. Raises `ValueError` if the
     checkpoint is of another model, would run code, or lacks a part of the encoder.
     """
     weights = read_weights(source)

@@ -46,7 +46,7 @@ def seed_margin(
     column: str, # score
     compared: list[str], # name of one row, or names of two
 ) -> float: # 0 for a single seed
-    "Return half the 95 % t interval of a mean over seeds, or of the difference of two; the spread is pooled."
+    "Return half the 95 % t interval of a mean over seeds, or of the difference of two; pool the variance."
     from scipy.special import stdtrit
 
     free = rows["seeds"] - 1
@@ -58,9 +58,9 @@ def seed_margin(
 
 # %% ../nbs/43_report.ipynb #5b8e2d0b
 def labeled_clips(
-    comparison: Comparison,
+    comparison: Comparison, # trained settings
 ) -> int:
-    "Return the number of held-out clips that have a label: those that an accuracy is measured on."
+    "Return the number of held-out clips with a label, on which accuracies are measured."
     return int(comparison.held_out["label"].notna().sum())
 
 
@@ -70,7 +70,7 @@ def margin_of(
     column: str, # score
     compared: list[str], # name of one row, or names of two
 ) -> float:
-    "Return how far a score, or the difference of two, may be off by chance: other seeds and other clips."
+    "Return the margin of a score, or of the difference of two: other seeds and other clips."
     margin = seed_margin(rows, column, compared)
     if column in ACCURACIES:
         low, high = wilson_interval(float(rows[column][compared[0]]), labeled_clips(comparison))
@@ -81,7 +81,7 @@ def margin_of(
 def quoted(
     *names: str, # names of rows or settings
 ) -> str:
-    "Return names as part of a sentence: “neither”, “contrastive” and “both”."
+    "Return quoted names as part of a sentence: “neither”, “contrastive” and “both”."
     marked = [f"“{name}”" for name in names]
     return " and ".join(filter(None, [", ".join(marked[:-1]), *marked[-1:]]))
 
@@ -145,7 +145,7 @@ def verdict_on(
 def find_verdicts(
     comparison: Comparison,
 ) -> list[Verdict]: # for knn, linear, and reconstruction where all settings mask alike
-    "Return a verdict for each column in which one side is better."
+    "Return a verdict for each column in which more or less is better."
     rows = comparison.table.drop([BASELINE, CHANCE])
     found = [verdict_on(comparison, rows, name) for name in ACCURACIES if name in rows]
     masked_alike = not any(name in fields for fields in comparison.experiment.settings.values() for name in _MASKING)
@@ -155,10 +155,10 @@ def find_verdicts(
 
 # %% ../nbs/43_report.ipynb #5b8e2d11
 def who_of(
-    names: list[str], # some rows
+    names: list[str], # names of some rows
     of: int, # number of all rows
 ) -> str:
-    "Return the beginning of a sentence about some rows; more than four are counted, not named."
+    "Return the beginning of a sentence about some rows; count more than four instead of naming them."
     if 4 < len(names) < of:
         return f"{len(names)} of {of} are"
     return "all are" if len(names) == of > 1 else f"{quoted(*names)} {'is' if len(names) == 1 else 'are'}"
@@ -183,7 +183,7 @@ def against_baseline(
 def remarks_on(
     comparison: Comparison,
 ) -> list[str]:
-    "Return the sentences below the table: baseline, verdicts, collapses, failures, what is missing."
+    "Return the sentences below the table: baseline, verdicts, collapses, failures, missing results."
     words = [*against_baseline(comparison), *map(str, find_verdicts(comparison))]
     warned = comparison.scores.groupby("setting", sort=False) if comparison.results else {}
     words += [f"{quoted(name)}: {text}" for name, part in warned for text in part["warning"].unique() if text]
@@ -206,8 +206,8 @@ def _number(mean: float, spread: float | None, column: str) -> str:
 
 def cells_of(
     comparison: Comparison,
-) -> list[list[str]]: # head first
-    "Return the table as text; a clear best has a star."
+) -> list[list[str]]: # rows of cells, the header first
+    "Return the table as text; a star marks a best row that is ahead by more than the margin."
     table, stars = comparison.table, {(v.best, v.column) for v in comparison.verdicts() if v.clear}
     columns = [name for name in MEASURES if name in table]
     lines = [["", *(MEASURES[name] for name in columns)]]
@@ -220,7 +220,7 @@ def cells_of(
 def heading_of(
     comparison: Comparison,
 ) -> str:
-    "Return one line on what is compared, and on which clips."
+    "Return one line: what is compared, and on which clips."
     n, seeds = count_of(len(comparison.experiment.settings), "setting"), comparison.experiment.seeds
     many = f"{len(seeds)} seeds: mean ± standard deviation" if len(seeds) > 1 else f"one seed ({seeds[0]})"
     return f"{n}, {many}; held-out clips of {comparison.experiment.source}, {comparison.experiment.protocol}"
@@ -313,13 +313,13 @@ def confusion_shifts(
 
 # %% ../nbs/43_report.ipynb #e7094638
 def _short_names(paths: Iterable[str]) -> list[str]:
-    "Return the names of files, with their folder where names alone are not unique."
+    "Return the names of files, with their folders if the names alone are not unique."
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else ["/".join(Path(path).parts[-2:]) for path in paths]
 
 
 def _cells(frame: "pd.DataFrame") -> list[list[str]]:
-    "Return a table as text, head first."
+    "Return a table as rows of text, the header first."
     def show(value):
         return "–" if value is None or value != value else f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -381,7 +381,7 @@ def find_shift(
     comparison: Comparison,
     before: str, # row of the table, or name of a setting
     after: str, # another row or setting
-    seed: int | None = None, # seed to compare; None: every seed with the same seed
+    seed: int | None = None, # seed to compare; None: all seeds that both rows have
 ) -> Shift:
     "Return which classes and clips moved between two rows, and which confusions went away."
     a, b = results_of(comparison, before, seed), results_of(comparison, after, seed)
@@ -473,13 +473,13 @@ def _entry(handle, text: str) -> Entry:
 
 
 def cut_figure(
-    figure: "Figure",
-    says: str, # what a panel shows, before its title in the description
+    figure: "Figure", # figure of maps or curves; it cannot be used afterwards
+    says: str, # subject of the panels, beginning of their descriptions
 ) -> Drawn:
     "Return the panels of a figure as images of one size, and its legend as text."
     axes = [ax for ax in figure.axes if ax.get_visible()]
     for ax in axes:
-        ax.tick_params(labelbottom=True)  # each stands alone
+        ax.tick_params(labelbottom=True)  # each panel becomes an image of its own
     figure.set_dpi(160)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # nothing moves when the other panels are hidden
@@ -514,9 +514,9 @@ def _png(ax, box: np.ndarray) -> str:
 # %% ../nbs/43_report.ipynb #1ccafa8d
 def columns_to_map(
     held_out: "pd.DataFrame", # held-out clips
-    most: int = 3, # columns at most
+    most: int = 3, # largest number of columns
 ) -> list[str]:
-    "Return the columns beside the label that are worth a color."
+    "Return the columns, without the label, that are useful as a color."
     found = []
     for name in held_out.columns.drop(["path", "path_bytes", "label"], errors="ignore"):
         values = held_out[name].dropna()
@@ -539,7 +539,7 @@ def report_maps(
 def report_movement(
     comparison: Comparison,
 ) -> dict | None: # words, shift; None for a single row
-    "Return the shift from the first row to the one with the highest kNN-10 of the others, and why it was chosen."
+    "Return the shift from the first row to the other row with the highest kNN-10, and why that row was chosen."
     rows = comparison.table.drop([BASELINE, CHANCE])
     if len(rows) < 2:
         return None
@@ -559,7 +559,7 @@ def report_movement(
 def report_settings(
     experiment: Experiment,
 ) -> dict: # shared: text; each: list of texts
-    "Return what all settings share, and what each changes where its name does not say it."
+    "Return what all settings share, and what each changes if its name does not say it."
     def shown(fields):
         return ", ".join(f"{name}={plain_value(value)}" for name, value in fields.items()) or "no change"
 
@@ -601,11 +601,11 @@ def write_report(
     comparison: Comparison,
     path: str | os.PathLike, # HTML file to write
     title: str = "What each setting does", # heading of the page
-    repeat: str = "", # command that runs the comparison again; the Python call when left out
-    maps: bool = True, # include maps of the held-out clips
-    pictures: bool = True, # include maps and curves
+    repeat: str = "", # command that runs the comparison again; the Python call by default
+    maps: bool = True, # whether to include maps of the held-out clips
+    pictures: bool = True, # whether to include maps and curves
 ) -> Path:
-    "Write the table, pictures, what moved, settings and method as one HTML file; return its path."
+    "Write table, pictures, movement, settings and method as one HTML file; return its path."
     curves = pictures and any(history.rows for history in comparison.histories.values())
     page = render(
         "report.html", title=title, heading=heading_of(comparison), table=html_table("", cells_of(comparison)),
