@@ -165,6 +165,8 @@ class Evaluate(Command):
         how = {name: value for name, value in how.items() if value != getattr(Source(), name)}
         report = Run(self.run_folder).evaluate(self.data, self.quiet, device=self.device, **how)
         print(f"\n{report}\n")
+        if "chance" not in report.rows:
+            self.say("These sounds have no labels: kNN, the linear probe, the baseline and chance need them.")
         if self.data is None:
             self.say(f"Written to {Path(self.run_folder) / 'results.csv'}")
         return report.to_dict()
@@ -182,6 +184,7 @@ class Map(Command):
 
         run = Run(self.run_folder)
         report = run.evaluate(quiet=self.quiet, device=self.device)
+        self.say("Laying out the map of the held-out clips …")
         paths = run.draw(self.color, self.quiet)
         print(f"\n{report}\n")
         self.say("Pictures:", *(f"  {path}" for path in paths))
@@ -317,13 +320,16 @@ class Predict(Command):
     out: str | None = None # CSV file for the result; it replaces only a table of the same kind
 
     def run(self) -> dict:
+        from audiomaepp.run import Run
+
+        run = Run(self.run_folder)
+        if not self.files:
+            raise ValueError("files must name at least one sound file or folder, got none; use predict RUN a.wav")
         for path in self.files:
             Source(path).check()
         if self.out:
             check_table(self.out, ("path", "class"))
-        from audiomaepp.run import Run
-
-        table = Run(self.run_folder).predict(list(self.files), self.device)
+        table = run.predict(list(self.files), self.device)
         skipped = [list(pair) for pair in table.attrs["skipped"]]
         if self.out:
             write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
@@ -715,7 +721,7 @@ def main(
     except KeyboardInterrupt as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             words = command.after_stop() if command else ""
-            print(f"\n{stopped or 'Stopped'}. {words}".rstrip(), file=sys.stderr)
+            print(f"\n{str(stopped) or 'Stopped'}. {words}".rstrip(), file=sys.stderr)
         sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
     except BrokenPipeError:
         with suppress(OSError):  # the rest of the output is discarded; otherwise Python prints an error when it exits

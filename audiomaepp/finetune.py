@@ -420,6 +420,8 @@ def predict_table(
     "Return the class probabilities of sounds."
     import pandas as pd
 
+    if not len(sounds):
+        raise ValueError("sounds must hold at least one sound file or folder, got none; use run.predict(['a.wav'])")
     classifier, skipped, paths = Classifier.from_pretrained(folder), Skipped(), []
     rate = classifier.model.cfg.sample_rate
     for sound in map(os.fspath, sounds):

@@ -372,6 +372,9 @@ class RunFolder:
 
     def state(self) -> tuple[int, int]:
         "Return size and modification time of the weights; they change when the training continues."
+        if not (self.path / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{self.path} must hold a model, got none yet; use run.resume() (audiomaepp train "
+                                    f"--resume --out {self.path}) to continue its training")
         stat = (self.path / "model.safetensors").stat()
         return stat.st_size, stat.st_mtime_ns
 
@@ -429,6 +432,9 @@ def _check_same(run: RunFolder, cfg: Config, source: Source):
     for asked, there in pairs:
         for name, value in asked.items():
             if value != there[name]:
+                if name == "epochs":
+                    raise ValueError(f"epochs={value} differs from the run in {run.path}, which has {there[name]}; use "
+                                     f"Run({str(run.path)!r}).resume(epochs={value}) to train longer")
                 raise ValueError(f"{name}={value!r} differs from the run in {run.path}, which has {there[name]!r}; use "
                                  "the same settings to continue it, or choose another out")
 
@@ -470,15 +476,16 @@ def embed_with_run(
     how: dict, # arguments of `embed_folder`: pooling_mode, windows, workers
 ) -> "pd.DataFrame":
     "Embed recordings into a Parquet file, or continue that file; return its table."
-    from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.embed import EmbeddingGenerator, fingerprint
 
     if data is None:
         source = load_source(run.path)
         data, name = source.find(run.config), source.place
     else:
         name = os.path.abspath(data) if isinstance(data, str | os.PathLike) else data.source
-    out = out or embeddings_path(run.path, name)
-    table = EmbeddingGenerator(run.path, device).embed_folder(data, out, quiet=quiet, **how)
+    generator = EmbeddingGenerator(run.path, device)
+    out = out or embeddings_path(run.path, name, f"{fingerprint(generator.model)} {sorted(how.items())}")
+    table = generator.embed_folder(data, out, quiet=quiet, **how)
     table.attrs["path"] = os.fspath(out)
     return table
 
@@ -486,10 +493,11 @@ def embed_with_run(
 def embeddings_path(
     run: Path, # folder of the run
     name: str, # location of the sounds
+    how: str, # what their embeddings depend on: weights, pooling mode
 ) -> Path:
     "Return the path of the Parquet file for some sounds, in the folder of a run."
-    word = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-    return run / "embeddings" / f"{printable(Path(name).stem)}-{word}.parquet"
+    sounds, made = (hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6] for text in (name, how))
+    return run / "embeddings" / f"{printable(Path(name).stem)}-{sounds}-{made}.parquet"
 
 # %% ../nbs/40_run.ipynb #79a49da1
 def evaluation_of(
@@ -500,7 +508,7 @@ def evaluation_of(
 ) -> Evaluation:
     "Score a run, or return the stored result if the weights are the same."
     how = dict(how or {})
-    device = how.pop("device", None)
+    device, state = how.pop("device", None), run.state()
     if data is not None:
         source, unknown = _source_of(os.fspath(data), how)
         if unknown:
@@ -510,12 +518,12 @@ def evaluation_of(
         found = score_parts(run.path, open_source(source, run.config, quiet), quiet, device)
     elif how:
         raise ValueError(f"{next(iter(how))} splits other sounds, got no data; name them with data, or leave it out")
-    elif run.scored is None or run.scored[0] != run.state():
+    elif run.scored is None or run.scored[0] != state:
         found = evaluate_run(run.path, quiet, device)
-        run.scored = run.state(), found
+        run.scored = state, found
     else:
         found = run.scored[1]
-    found.report.hints = hints(run.config, found.train)
+    found.report.hints = hints(run.config, found.train)[run.is_classifier :]  # a classifier has settings of its own
     return found
 
 # %% ../nbs/40_run.ipynb #265471d2
@@ -633,6 +641,8 @@ class Run(RunFolder):
         "Return the `k` nearest clips to a sound, among the run's own sounds or those in a folder."
         from audiomaepp.search import SoundIndex
 
+        if isinstance(sound, os.PathLike) or isinstance(sound, str) and "/" not in sound:
+            Source(os.fspath(sound)).check()
         return SoundIndex(self.embed(among, quiet=quiet).attrs["path"], self.path).search(sound, k)
 
     def finetune(self, out: str | os.PathLike | None = None, quiet: bool = False, **settings) -> "Run":

@@ -214,3 +214,30 @@ def test_it_shows_itself_in_text_and_in_html(run):
     assert "1 of 1 epochs" in repr(run) and "kNN-10" in repr(run) and "Next:" in repr(run)
     page = run._repr_html_()
     assert "<table" in page and "<code>" in page and str(run.path) in page
+
+
+def test_embeddings_of_earlier_weights_are_made_again(sounds, tmp_path):
+    "After more training, `run.embed()` ended in an error about a file that its user had never named."
+    run = Run.train(sounds, out=tmp_path / "run", fold=2, quiet=True, **TINY)
+    before = run.embed(quiet=True)
+    after = run.resume(epochs=2, quiet=True).embed(quiet=True)
+    assert len(after) == len(before) and not np.allclose(np.stack(after["embedding"]), np.stack(before["embedding"]))
+    assert len(run.search(sounds.parent / "00.wav", k=2, quiet=True).table) == 2
+
+
+def test_more_epochs_are_a_matter_for_resume(run, sounds):
+    "The advice to train longer led to an error that named no way to do it."
+    with pytest.raises(ValueError, match=r"epochs=9 differs .*resume\(epochs=9\)"):
+        Run.train(sounds, out=run.path, fold=2, quiet=True, **TINY | dict(epochs=9))
+
+
+def test_a_missing_sound_is_named_before_anything_is_embedded(run, monkeypatch):
+    monkeypatch.setattr("audiomaepp.run.embed_with_run", lambda *args: pytest.fail("something was embedded"))
+    with pytest.raises(FileNotFoundError, match="'nosuch.wav', which does not exist"):
+        run.search("nosuch.wav")
+
+
+def test_a_run_without_a_model_says_how_to_continue(run, tmp_path):
+    (tmp_path / "config.json").write_bytes((run.path / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match="--resume --out"):
+        Run(tmp_path).evaluate(quiet=True)

@@ -173,19 +173,24 @@ def test_predict(how, classifier, sounds, tmp_path):
         assert abs(sum(chances.values()) - 1) < 1e-4 and row["class"] == max(chances, key=chances.get)
 
 
+def test_predict_needs_sounds(classifier):
+    done = shell("predict", classifier)
+    assert done.returncode != 0 and "files must name at least one sound" in done.stderr
+
+
 def test_predict_needs_a_classifier(run, sounds):
     done = shell("predict", run, next(sounds.rglob("*.wav")))
     assert done.returncode != 0 and "classifier.json" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_ctrl_c_ends_with_130(monkeypatch):
+def test_ctrl_c_ends_with_130(monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.Doctor, "run", interrupted)
     with pytest.raises(SystemExit) as caught:
         cli.main(["doctor"])
-    assert caught.value.code == 130
+    assert caught.value.code == 130 and "Stopped." in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there_is_named(run):
