@@ -386,7 +386,7 @@ def test_alignment_refuses_what_cannot_be_aligned():
         ({}, "same clips as rows, got no embeddings"),
         ({"a": x, "b": x[1:]}, "'a': 120, 'b': 119"),
         ({"a": x, "b": np.full((120, 2), np.nan)}, "embedding 'b': .*NaN or infinity in 120 of 120 rows"),
-        ({"a": x[:, 0]}, r"embedding 'a': .*shape \(120,\)"),
+        ({"a": x[:, 0]}, r"embedding 'a': .*must have shape .*got \(120,\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             aligned_umap(embeddings)
