@@ -332,9 +332,9 @@ def small_disk(job: Job, base: Path, sizes: list[int], tally: Tally):
 
 def vanishing(base: Path, trials: int, rng: random.Random, tally: Tally):
     "Some or all files go while a set too large for memory is trained on: listed, or stopped with a list."
-    import audiomaepp.run as running
+    import audiomaepp.data as loading
 
-    keep = running.drop_unreadable
+    keep = loading.drop_unreadable
 
     for trial in range(trials):
         data, out = base / "vanishing", base / "trial"
@@ -350,7 +350,7 @@ def vanishing(base: Path, trials: int, rng: random.Random, tally: Tally):
                 threading.Timer(0.5, lambda: [path.unlink() for path in gone]).start()
                 return found
 
-            running.drop_unreadable = lose
+            loading.drop_unreadable = lose
             main(["train", "--data", str(data), "--out", str(out), "--epochs", "40", *TINY])
 
         ended = run(base, work)
