@@ -35,7 +35,7 @@ from . import __version__
 from .config import PRESET_SUMMARIES, PRESETS, Config
 from .config import _known as known_settings
 from .files import OutputError, check_table, make_folder, printable, write_atomic
-from .source import Source, skipped_lines
+from .source import Source, need_path, skipped_lines
 
 if TYPE_CHECKING:
     from audiomaepp.lab import Comparison, Experiment
@@ -326,7 +326,7 @@ class Predict(Command):
         if not self.files:
             raise ValueError("files must name at least one sound file or folder, got none; use predict RUN a.wav")
         for path in self.files:
-            Source(path).check()
+            need_path(path, "files must be sound files or folders")
         if self.out:
             check_table(self.out, ("path", "class"))
         table = run.predict(list(self.files), self.device)

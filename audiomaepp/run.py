@@ -31,7 +31,7 @@ from audiomaepp.files import (
     remove_claimed,
     write_atomic,
 )
-from .source import Parts, Source, load_source, open_again, open_source, save_source, skipped_lines
+from .source import Parts, Source, load_source, need_path, open_again, open_source, save_source, skipped_lines
 from .tables import escape
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Evaluation:
 
 
 def score_parts(
-    folder: str | os.PathLike, # folder of a model
+    model: "AudioMAEPlusPlus | str | os.PathLike", # a model, or the folder of one
     parts: Parts, # training part, held-out part, description of the split
     quiet: bool = False, # whether to show no progress
     device: str | None = None, # device of the model; a GPU if there is one
@@ -170,7 +170,7 @@ def score_parts(
     from audiomaepp.evaluate import make_report
     from audiomaepp.validation import baseline_features
 
-    generator, (train, test, protocol) = EmbeddingGenerator(folder, device), parts
+    generator, (train, test, protocol) = EmbeddingGenerator(model, device), parts
     train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
     test_x, test_rows, _ = generator.embed_recordings(test, quiet=quiet)
     train, test = train.select(train_rows), test.select(test_rows)
@@ -192,7 +192,7 @@ def evaluate_run(
 
     run = Path(run)
     model = AudioMAEPlusPlus.from_pretrained(run)
-    found = score_parts(run, open_again(run, model.cfg, quiet), quiet, device)
+    found = score_parts(model, open_again(run, model.cfg, quiet), quiet, device)
     found.report.to_csv(run / "results.csv")
     if (run / "classifier.json").exists():  # then results.json holds the classifier's own scores
         return found
@@ -641,8 +641,8 @@ class Run(RunFolder):
         "Return the `k` nearest clips to a sound, among the run's own sounds or those in a folder."
         from audiomaepp.search import SoundIndex
 
-        if isinstance(sound, os.PathLike) or isinstance(sound, str) and "/" not in sound:
-            Source(os.fspath(sound)).check()
+        if isinstance(sound, str | os.PathLike) and not os.fspath(sound).startswith("synthetic/"):  # a built-in sound
+            need_path(sound, "sound must be a file")
         return SoundIndex(self.embed(among, quiet=quiet).attrs["path"], self.path).search(sound, k)
 
     def finetune(self, out: str | os.PathLike | None = None, quiet: bool = False, **settings) -> "Run":

@@ -25,6 +25,15 @@ from .files import check_fields, damaged, naming, printable, read_json, shown, w
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
 
+# %% ../nbs/16_source.ipynb #5c0b7e21
+def need_path(
+    path: str | os.PathLike, # file or folder
+    what: str, # first part of the message: what must be there
+):
+    "Raise `FileNotFoundError` if a file or folder does not exist."
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{what}, got {os.fspath(path)!r}, which does not exist; check the path")
+
 # %% ../nbs/16_source.ipynb #ae2c8394
 @dataclass(frozen=True)
 class Source:
@@ -49,9 +58,8 @@ class Source:
 
     def check(self):
         "Raise `FileNotFoundError` if the folder or table does not exist."
-        if self.data != "synthetic" and not os.path.exists(self.data):
-            raise FileNotFoundError(f"data must be a folder or a table of recordings, got {self.data!r}, which does "
-                                    "not exist; check the path")
+        if self.data != "synthetic":
+            need_path(self.data, "data must be a folder or a table of recordings")
 
     @property
     def place(self) -> str: # absolute path, or "synthetic"

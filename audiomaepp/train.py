@@ -35,7 +35,7 @@ from .config import Config
 from .files import OutputError, Stopped, naming, only_writer, stopping, write_atomic
 from .losses import rankme, uniformity_loss
 from .model import AudioMAEPlusPlus
-from .tables import html_table, text_table
+from .tables import cell_text, html_table, text_table
 from .weights import checked_progress, checked_tensors, cpu_state, need_finite
 
 # %% ../nbs/04_train.ipynb #84659884
@@ -236,13 +236,6 @@ class _Engine:
         return _Update(losses, clips, out.embeddings.detach(), norm, finite)
 
 # %% ../nbs/04_train.ipynb #9e3796b4
-def _short(value) -> str:
-    "Return the text of a value in a table: four digits of a float, nothing for None."
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _value(text: str) -> int | float | str:
     "Return a cell of a CSV file as the number that was written."
     for kind in (int, float):
@@ -278,11 +271,11 @@ class History:
     def __getitem__(self, column: str) -> list: # None if a row has no value
         return [row.get(column) for row in self.rows]
 
-    def _cells(self) -> list[list[str]]: # head first
-        return [self.columns or ["epoch"], *([_short(row.get(c)) for c in self.columns] for row in self.shown())]
+    def _cells(self) -> list[list]: # head first
+        return [self.columns or ["epoch"], *([row.get(c) for c in self.columns] for row in self.shown())]
 
     def __str__(self):
-        return text_table("", self._cells()).lstrip("\n")
+        return text_table("", self._cells())
 
     __repr__ = __str__
 
@@ -413,7 +406,7 @@ class _Display:
         if self.live is not None:
             self.live.update(self.history)
         elif line and not self.quiet:
-            tqdm.write("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
+            tqdm.write("  ".join(f"{k} {cell_text(v)}" for k, v in row.items()))
 
 # %% ../nbs/04_train.ipynb #a1000029
 def _note_bad_step(

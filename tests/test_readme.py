@@ -1,6 +1,5 @@
 """README's code does what it says, in an empty folder, pasted as it stands."""
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -35,7 +34,6 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "sounds/meta").mkdir()
     pd.DataFrame(rows).to_csv(tmp_path / "sounds/meta/esc50.csv", index=False)
     soundfile.write(tmp_path / "dog.wav", np.asarray(made.waves[0]), 16000)
-    os.symlink(tmp_path / "more_sounds" / "0.wav", tmp_path / "more_sounds" / "a.wav")
     preset = Config.preset
     monkeypatch.setattr(Config, "preset", lambda name, **changes: preset(name, **TINY | changes))
     monkeypatch.chdir(tmp_path)
@@ -50,7 +48,7 @@ def test_from_a_folder_to_a_map(home, capsys):
     exec(code, names)
     said = capsys.readouterr().out
     assert "fold 5 held out: 12 train / 3 test" in said and "chance" in said and "similarity" in said
-    assert (home / "map.png").stat().st_size > 1000 and len(names["table"]) == 16
+    assert (home / "map.png").stat().st_size > 1000 and len(names["table"]) == 15
     assert isinstance(names["run"], Run) and (home / "runs/a/model.safetensors").exists()
 
 
@@ -59,8 +57,7 @@ def test_every_shell_command_parses_and_runs(home, capsys):
     lines = [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
     assert [line[0] for line in lines] == ["train", "evaluate", "map", "embed", "search", "finetune", "predict"]
     for line in lines:
-        words = [str(path) for word in line for path in (sorted(home.glob(word)) if "*" in word else [word])]
-        cli.main([*words, "--epochs", "1"] if line[0] == "finetune" else words)
+        cli.main([*line, "--epochs", "1"] if line[0] == "finetune" else line)
     assert "accuracy" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +105,7 @@ def test_rows_are_held_out_by_number_or_query(rows, sounds, tmp_path):
 
 def test_row_numbers_count_unreadable_files_too(sounds, tmp_path):
     "Row 3 of the table is row 3 for the person who wrote it, although row 1 cannot be read."
-    home = tmp_path / "copy"
-    home.mkdir()
-    for path in sounds.parent.iterdir():
-        (home / path.name).write_bytes(path.read_bytes())
+    home = shutil.copytree(sounds.parent, tmp_path / "copy")
     (home / "01.wav").write_text("no sound")
     run = Run.train(home / "list.csv", out=tmp_path / "run", held_out=[3, 4], quiet=True, **TINY)
     assert sorted(Path(path).name for path in run.data.test.paths) == ["03.wav", "04.wav"]
@@ -147,10 +145,7 @@ def test_evaluate_agrees_with_its_files_and_is_computed_once(run, monkeypatch):
 
 def test_sounds_that_changed_are_refused(sounds, tmp_path):
     "Another file under an old name would be scored as held out."
-    home = tmp_path / "copy"
-    home.mkdir()
-    for path in sounds.parent.iterdir():
-        (home / path.name).write_bytes(path.read_bytes())
+    home = shutil.copytree(sounds.parent, tmp_path / "copy")
     run = Run.train(home / "list.csv", out=tmp_path / "run", fold=2, quiet=True, **TINY)
     soundfile.write(home / "00.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
     for what in (run.evaluate, run.map, lambda quiet: run.data):
