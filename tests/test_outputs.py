@@ -150,7 +150,7 @@ def test_a_run_that_has_saved_nothing_starts_again(tmp_path, monkeypatch):
     """A command that died in its first minutes would block its folder for ever."""
     out, line = tmp_path / "run", ["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
-    assert "the memory is not enough" in refused(*line)
+    assert "out of memory" in refused(*line)
     assert (out / "data.json").exists() and made_by(out) == "train"
     monkeypatch.undo()
     cli.main(line)
