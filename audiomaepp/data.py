@@ -199,7 +199,7 @@ def _compared(left, op: ast.cmpop, right):
         found = left.isin(right)
         return ~found if isinstance(op, _NEGATED) else found
     if isinstance(right, list) or type(op) not in _COMPARE:
-        raise ValueError("'in' must have a column on its left and a list of constants on its right")
+        raise ValueError("the comparisons are ==, !=, <, <=, >, >=, and a column 'in' a list of constants")
     return _COMPARE[type(op)](left, right)
 
 
@@ -207,7 +207,7 @@ def _mask(node: ast.expr, table): # (n,) Series of bool
     "Return the value of a part of a query that must be true or false in each row."
     value = _value(node, table)
     if getattr(getattr(value, "dtype", None), "kind", None) != "b":
-        raise ValueError(f"{ast.unparse(node)!r} is not a comparison, which is true or false")
+        raise ValueError(f"{ast.unparse(node)!r} is not a comparison")
     return value.fillna(False).astype(bool)
 
 
@@ -219,9 +219,9 @@ def _matches(
     try:
         return _mask(ast.parse(query.strip(), mode="eval").body, table).to_numpy()
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        said = "which is not an expression" if isinstance(error, SyntaxError) else str(error) or type(error).__name__
-        raise ValueError(f"query must compare columns with constants, joined by and, or, not, got {query!r} ({said}); "
-                         "use a query such as \"fold == 5 and label in ['owl', 'rain']\"") from None
+        said = "not an expression" if isinstance(error, SyntaxError) else str(error) or type(error).__name__
+        raise ValueError(f"query must compare columns with constants, joined by and, or, not, got {shown(query)} "
+                         f"({said}); use a query such as \"fold == 5 and label in ['owl', 'rain']\"") from None
 
 # %% ../nbs/12_data.ipynb #21249b35
 def _row_numbers(recordings: Recordings, rows) -> np.ndarray: # (k,) int64

@@ -696,7 +696,7 @@ def test_build_frontend():
     assert torch.equal(by_dataset.log_spectrum(wav, lengths_of(wav))[:, :200], logs)
     assert torch.allclose(by_dataset(wav)[:, 0], (logs + 6) / 10, atol=1e-5)
     wrong = types.SimpleNamespace(**{**Config().to_dict(), "frontend": "mfcc"})
-    with pytest.raises(ValueError, match="'mfcc'.*'logmel' or 'fbank'"):
+    with pytest.raises(ValueError, match="'logmel' or 'fbank', got 'mfcc'"):
         build_frontend(wrong)
     with pytest.raises(ValueError, match="normalize"):
         LogMel(normalize="batch")
