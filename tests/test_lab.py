@@ -529,7 +529,7 @@ def test_a_shift_compares_seed_with_seed_and_knows_the_usual_movement(comparison
     assert shift.usual == pytest.approx(np.mean(between)) and "between two seeds" in str(shift)
     assert comparison.shift("neither", "both", seed=1).moved == pytest.approx(report.moved_share(*pairs[1]).mean())
     assert comparison.shift(BASELINE, "both").seeds == [0, 1]
-    for arguments, words in [(("neither", "non"), "non"), (("neither", "both", 7), "seed=7")]:
+    for arguments, words in [(("neither", "non"), "non"), (("neither", "both", 7), "trained seeds, got 7")]:
         with pytest.raises(ValueError, match=words):
             comparison.shift(*arguments)
 
