@@ -106,15 +106,15 @@ def _head(
 def _ogg_cut(
     tail: bytes, # last 64 kB of an Ogg file
 ) -> str: # reason; empty for a complete file
-    "Return why an Ogg file is incomplete: its last page is not whole or does not end the stream."
+    "Return why an Ogg file is incomplete: it ends inside a page, or the last page does not end the stream."
     pages = list(re.finditer(rb"OggS\0[\0-\7]", tail))
     if not pages:
-        return f"no Ogg page begins in its last {len(tail)} bytes"
+        return f"no page of the Ogg file begins in its last {len(tail)} bytes"
     page = tail[pages[-1].start() :]
     sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
     if len(page) < 27 or len(sizes) < page[26] or len(page) < 27 + len(sizes) + sum(sizes):
-        return "its last Ogg page is not whole"
-    return "" if page[5] & 4 else "its last Ogg page does not end the stream"
+        return "the Ogg file ends in the middle of a page"
+    return "" if page[5] & 4 else "the last page of the Ogg file does not end the stream"
 
 # %% ../nbs/10_audio.ipynb #a5100009
 class _Ends(NamedTuple):
@@ -293,8 +293,8 @@ class _NoExtension(ModuleType):
         return bool if name in ("_load_lib", "is_available") else False if name.startswith("_IS_") else self._refuse
 
     def _refuse(self, *args, **kwargs):
-        raise RuntimeError(f"this function is compiled and needs a torchaudio that was built for torch "
-                           f"{torch.__version__}, got another one ({self.reason}); install the matching torchaudio")
+        raise RuntimeError(f"this compiled function of torchaudio needs a torchaudio that was built for torch "
+                           f"{torch.__version__}, got one that does not load ({self.reason}); install the matching one")
 
 # %% ../nbs/10_audio.ipynb #a0d9c007
 _importing = threading.Lock()
@@ -391,14 +391,16 @@ _LONGEST = 10**6 # seconds, 11 days; only a broken header, or a file made to exh
 def _rate(sound, name: str) -> int:
     "Return the sample rate of an open recording; raise `AudioError` if it is impossible."
     if not 100 <= sound.samplerate <= 10**7: # a broken header
-        raise AudioError(name, f"has a sample rate of {sound.samplerate} Hz, which is outside 100 Hz to 10 MHz")
+        raise AudioError(name, f"has a sample rate of {sound.samplerate} Hz, which must be from 100 Hz to 10 MHz; "
+                         "use a file with a correct header")
     return sound.samplerate
 
 
 def _check_length(seconds: float, name: str):
     "Raise `AudioError` if a recording claims an impossible length."
     if seconds > _LONGEST:
-        raise AudioError(name, f"claims to last {seconds:.0f} s; at most {_LONGEST} s are read, so split the file")
+        raise AudioError(name, f"claims to last {seconds:.0f} s, which must be at most {_LONGEST} s; split "
+                         "the recording, or use a file with a correct header")
 
 
 def _read_checked(sound, ends: _Ends, name: str, mono: bool, start: float, seconds: float | None) -> torch.Tensor:
@@ -408,20 +410,23 @@ def _read_checked(sound, ends: _Ends, name: str, mono: bool, start: float, secon
         raise AudioError(name, "holds no samples")
     first, length = round(start * rate), max(sound.frames, promised)
     if ends.cut and (seconds is None or first + round(seconds * rate) > length):
-        raise AudioError(name, f"is cut off: {ends.cut}")
+        raise AudioError(name, f"is cut off: {ends.cut}; use a complete copy")
     if first >= length:
-        raise AudioError(name, f"lasts {length / rate:.2f} s, so there is nothing to read from start={start:g} s on")
+        raise AudioError(name, f"lasts {length / rate:.2f} s, so start must be less, got start={start:g} s; use an "
+                         "earlier start")
     if seconds is None:
         _check_length(promised / rate, name)
     wanted = length - first if seconds is None else max(1, round(seconds * rate))
     # without a promise everything that decodes is accepted, so a lost block must be small: one frame of an mp3
     wav, count = _decode(sound, first, wanted, mono, 2**16 if promised else 1152)
     if count < min(wanted, promised - first):
-        raise AudioError(name, f"is cut off or damaged: {first + count} of {promised} samples can be decoded")
+        raise AudioError(name, f"is cut off or damaged: {first + count} of {promised} samples can be decoded; use a "
+                         "complete copy")
     if not wav.numel():
-        raise AudioError(name, f"nothing can be decoded from start={start:g} s on")
+        raise AudioError(name, f"is damaged: nothing can be decoded from start={start:g} s on; use an undamaged copy")
     if bad := int((~wav.isfinite()).sum()):
-        raise AudioError(name, f"{bad} of {wav.numel()} samples are NaN or infinite")
+        raise AudioError(name, f"samples must be finite, got NaN or infinity in {bad} of {wav.numel()}; replace "
+                         "these samples")
     return wav
 
 # %% ../nbs/10_audio.ipynb #bfbe6c39
@@ -470,13 +475,15 @@ def _pieces(sound, ends: _Ends, name: str, new: int, seconds: int) -> Iterator[t
         wav = _decode(sound, 0, part, True, block)[0]
         count, ended = count + wav.shape[1], wav.shape[1] < part
         if ended and count < promised:
-            raise AudioError(name, f"is cut off or damaged: {count} of {promised} samples can be decoded")
+            raise AudioError(name, f"is cut off or damaged: {count} of {promised} samples can be decoded; use a "
+                             "complete copy")
         if ended and ends.cut:
-            raise AudioError(name, f"is cut off: {ends.cut}")
+            raise AudioError(name, f"is cut off: {ends.cut}; use a complete copy")
         if ended and not count:
-            raise AudioError(name, "nothing can be decoded")
+            raise AudioError(name, "is damaged: nothing can be decoded; use an undamaged copy")
         if bad := int((~wav.isfinite()).sum()):
-            raise AudioError(name, f"{bad} samples before second {count / rate:.0f} are NaN or infinite")
+            raise AudioError(name, f"samples must be finite, got NaN or infinity in {bad} before second "
+                             f"{count / rate:.0f}; replace these samples")
         held = torch.cat([held, wav], 1)
         upto = held.shape[1] // rate - 1
         wave = resample(held, rate, new)[0]

@@ -216,8 +216,9 @@ class ClipLoader:
     ):
         "Select the batches of the next iteration."
         if not 0 <= rank < world_size <= len(self):
-            raise ValueError(f"the {len(self)} batches of an epoch must be at least one for each process, got "
-                             f"rank={rank}, world_size={world_size}; use a smaller batch_size or fewer processes")
+            raise ValueError(f"world_size must be at most {len(self)}, the batches of an epoch, and rank below "
+                             f"world_size, got rank={rank}, world_size={world_size}; use fewer processes or a smaller "
+                             "batch_size")
         schedule = self.schedule
         schedule.epoch, schedule.start, schedule.rank, schedule.world_size = epoch, start, rank, world_size
 
@@ -234,7 +235,7 @@ class ClipLoader:
 
     @property
     def skipped(self) -> Skipped:
-        "The (path, reason) of each clip that was left out, before or during training."
+        "Return (path, reason) of each clip that was left out, before or during training."
         return self.recordings.skipped
 
     def names(self, batch: dict) -> list[str]:

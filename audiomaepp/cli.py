@@ -686,7 +686,7 @@ def error_line(error: Exception) -> str:
     words = "; ".join([*(line.rstrip(";.") for line in lines[:-1]), *lines[-1:]])
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in words:
         reason = f" ({lines[0]})" if lines else ""
-        return f"the memory is not enough{reason}; use a smaller batch_size, shorter clips or a smaller model"
+        return f"out of memory{reason}; use a smaller batch_size, shorter clips or a smaller model"
     if isinstance(error, OSError) and error.filename is not None and not isinstance(error, OutputError):
         return f"{error.filename} cannot be used ({error.strerror}); check the path, its permissions and the disk"
     if isinstance(error, ImportError) and "pip install" not in words:

@@ -305,10 +305,13 @@ class _Augmentation(_FrontEnd):
         for field, most, example in (
             ("gain_db", 60, "6 for changes of up to 6 dB"), ("stretch_time", 1, "0.1 for changes of up to 10 %"),
             ("stretch_mel", 1, "0.1 for changes of up to 10 %"), ("shift_mel", self.n_mels, "3 for up to three bands"),
-            ("top_db_jitter", self.top_db, "15 with top_db=45"), ("spec_filter", 10, "0.3"),
+            ("top_db_jitter", math.inf, "15 with top_db=45"), ("spec_filter", 10, "0.3"),
             ("mix", 1, "0.5 to mix every second clip"),
         ):
             _need_float(field, getattr(self, field), 0, most, f"{example}, or 0 to switch it off")
+        if self.top_db_jitter > self.top_db:
+            required = f"must be at most top_db, which is {self.top_db:g} dB"
+            raise _bad("top_db_jitter", self.top_db_jitter, required, "15 with top_db=45, or 0 to switch it off")
         for field, size in (("spec_time_mask", self.num_frames), ("spec_freq_mask", self.n_mels)):
             _need_int(field, getattr(self, field), least=0)
             if getattr(self, field) >= size:

@@ -95,13 +95,13 @@ class Recordings:
 
     @property
     def labels(self) -> np.ndarray: # (n,) int64
-        "The number of each clip's class, −1 where it has none."
+        "Return the number of each clip's class, −1 where it has none."
         numbers = {name: i for i, name in enumerate(self.classes)}
         return np.array([numbers.get(label, -1) for label in self.table["label"]], dtype=np.int64)
 
     @property
     def in_memory(self) -> bool:
-        "Whether every clip is decoded already."
+        "Return whether every clip is decoded already."
         return all(wave is not None for wave in self.waves)
 
     def wav(self, i: int) -> torch.Tensor: # (samples,) float32
@@ -173,7 +173,7 @@ def _value(node: ast.expr, table): # Series, or a constant, or a list of constan
         case ast.Name(id=name) if name in table:
             return table[name]
         case ast.Name(id=name):
-            raise ValueError(f"there is no column {name!r}; there are {', '.join(map(str, table.columns))}")
+            raise ValueError(f"there is no column {name!r} beside {', '.join(map(str, table.columns))}")
         case ast.Constant():
             return node.value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
@@ -199,7 +199,7 @@ def _compared(left, op: ast.cmpop, right):
         found = left.isin(right)
         return ~found if isinstance(op, _NEGATED) else found
     if isinstance(right, list) or type(op) not in _COMPARE:
-        raise ValueError("'in' takes a column on its left and a list of constants on its right")
+        raise ValueError("the comparisons are ==, !=, <, <=, >, >=, and a column 'in' a list of constants")
     return _COMPARE[type(op)](left, right)
 
 
@@ -207,7 +207,7 @@ def _mask(node: ast.expr, table): # (n,) Series of bool
     "Return the value of a part of a query that must be true or false in each row."
     value = _value(node, table)
     if getattr(getattr(value, "dtype", None), "kind", None) != "b":
-        raise ValueError(f"{ast.unparse(node)!r} is not true or false")
+        raise ValueError(f"{ast.unparse(node)!r} is not a comparison")
     return value.fillna(False).astype(bool)
 
 
@@ -219,9 +219,9 @@ def _matches(
     try:
         return _mask(ast.parse(query.strip(), mode="eval").body, table).to_numpy()
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        said = "it is not an expression" if isinstance(error, SyntaxError) else str(error) or type(error).__name__
-        raise ValueError(f"query={query!r} is not understood: {said}; it must compare columns with constants, joined "
-                         "by and, or, not; use \"fold == 5 and label in ['owl', 'rain']\"") from None
+        said = "not an expression" if isinstance(error, SyntaxError) else str(error) or type(error).__name__
+        raise ValueError(f"query must compare columns with constants, joined by and, or, not, got {shown(query)} "
+                         f"({said}); use a query such as \"fold == 5 and label in ['owl', 'rain']\"") from None
 
 # %% ../nbs/12_data.ipynb #21249b35
 def _row_numbers(recordings: Recordings, rows) -> np.ndarray: # (k,) int64
@@ -361,7 +361,7 @@ def _read_table(path: Path, need: tuple[str, ...]):
     missing = [column for column in need if column not in table]
     if missing:
         raise ValueError(f"{path} must have the column {missing[0]!r}, got {', '.join(map(str, table.columns))[:300]}; "
-                         "rename the column that names the files")
+                         f"rename the column that names the files to {missing[0]!r}")
     if table.empty:
         raise ValueError(f"{path} must have a row for each recording, got no rows; add them")
     return check_columns(table, path)
@@ -419,7 +419,8 @@ def _table_of(path: Path, extensions: frozenset[str]):
     "Return the table of a folder or manifest, and (path, reason) of each file that was left out."
     if not path.is_dir():
         if path.suffix.lower() not in (".csv", ".parquet"):
-            raise ValueError(f"{path} is neither a folder nor a .csv or .parquet table; use the folder that holds it")
+            raise ValueError(f"data must be a folder or a .csv or .parquet table, got the file {path}; use the "
+                             "folder that holds it")
         return _locate(_read_table(path, need=("path",)), path.absolute().parent)
     table = _esc50_table(path)
     if table is not None:
@@ -469,14 +470,15 @@ def open_recordings(
 def _rows_with(recordings: Recordings, column: str, values) -> tuple[np.ndarray, str]:
     "Return a mask of the rows in which `column` is one of `values`, and a description of what is held out."
     if column not in recordings.table:
-        raise ValueError(f"recordings must have the column {column!r}, got {', '.join(recordings.table.columns)}; use "
-                         "another way to hold out")
+        raise ValueError(f"recordings must have the column {column!r} to hold out a {column}, got the columns "
+                         f"{', '.join(recordings.table.columns)}; add it, or use held_out or a random part")
     wanted = [_text(value) for value in ([values] if np.isscalar(values) else values)]
     cells = recordings.table[column].map(_text)
     present = sorted(cells.dropna().unique(), key=_natural)
     for value in wanted:
         if value not in present:
-            raise ValueError(f"there is no {column} {value}; use one of {', '.join(present)}")
+            raise ValueError(f"{column} must be a value in the column {column!r}, got {value}; use one of "
+                             f"{', '.join(present)}")
     named = ", ".join(wanted) if len(wanted) <= 5 else f"{len(wanted)} of {len(present)}"
     return cells.isin(wanted).to_numpy(), f"{column}{'s' * (len(wanted) > 1)} {named} held out"
 
@@ -589,7 +591,7 @@ def split(
                          f"({words}); hold out other clips")
     words = f"{words}: {train.sum()} train / {test.sum()} test"
     if twice.any():
-        words += f" ({twice.sum()} more were held-out files again)"
+        words += f" (left out of training, because the same files are held out: {twice.sum()})"
     known = np.unique(recordings.labels[train & (recordings.labels >= 0)])
     if len(known) == 1:
         warnings.warn(f"all labeled training clips are of one class, {recordings.classes[known[0]]!r}; the contrastive"

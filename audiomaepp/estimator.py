@@ -54,7 +54,8 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
     ):
         "Load the model and check the form of the recordings; nothing is learned."
         if self.model is None:
-            raise ValueError("model must be a model, its folder or a repository of the Hub, got None; use model=…")
+            raise ValueError("model must be a model, its folder or a repository of the Hub, got None; use "
+                             "AudioMAEEmbedder(\"runs/a\")")
         as_recordings(self, X, reset=True)
         self.n_features_out_ = len(self._generator().extract_embedding(torch.zeros(1), pooling_mode=self.pooling_mode))
         return self

@@ -56,17 +56,17 @@ def _codes(
     return y.astype(str) if y.dtype.kind in "UO" else y.astype(np.int64)
 
 
-def _labelled(
+def _labeled(
     x, # (n, D) embeddings
     y, # (n,) labels
     name: str, # "train" or "test"
 ) -> tuple[torch.Tensor, np.ndarray]:
-    "Return the labelled clips; raise `ValueError` if there is none."
+    "Return the labeled clips; raise `ValueError` if there is none."
     x = _matrix(x, f"{name}_x")
     y = _codes(y, len(x), f"{name}_y")
     known = np.ones(len(y), bool) if y.dtype.kind == "U" else y >= 0
     if not known.any():
-        raise ValueError(f"{name}_y must label at least one clip, got {len(y)} unlabelled clips; "
+        raise ValueError(f"{name}_y must label at least one clip, got {len(y)} unlabeled clips; "
                          "use evaluate_embeddings, which gives the scores that need no labels")
     return x[torch.from_numpy(known)], y[known]
 
@@ -76,10 +76,11 @@ def standardize(
     *others, # more (m, D) embeddings, scaled with the same numbers
 ) -> list[np.ndarray]:
     "Return every matrix in float32, with mean 0 and standard deviation 1 per dimension as measured on `train_x`."
-    xs = [_matrix(train_x, "train_x"), *(_matrix(x, f"matrix {i}") for i, x in enumerate(others, 2))]
-    for i, x in enumerate(xs[1:], 2):
+    names = ["train_x", *(f"matrix {i}" if len(others) > 1 else "test_x" for i in range(2, len(others) + 2))]
+    xs = [_matrix(x, name) for x, name in zip((train_x, *others), names, strict=True)]
+    for name, x in zip(names, xs, strict=True):
         if x.shape[1] != xs[0].shape[1]:
-            raise ValueError(f"matrix {i} must have the {xs[0].shape[1]} dimensions of train_x, got {x.shape[1]}; "
+            raise ValueError(f"{name} must have the {xs[0].shape[1]} dimensions of train_x, got {x.shape[1]}; "
                              "use embeddings of one model")
     # float64, because float32 sums lose small differences between large values
     mean, std = xs[0].double().mean(0), xs[0].double().std(0, correction=0)
@@ -124,7 +125,7 @@ def knn_predict(
     chunk: int = 1024, # number of held-out clips that are compared at a time
 ) -> np.ndarray:
     "Return the (m,) labels that the `k` nearest training clips (cosine) give to the held-out clips."
-    train_x, train_y = _labelled(train_x, train_y, "train")
+    train_x, train_y = _labeled(train_x, train_y, "train")
     names, codes = np.unique(train_y, return_inverse=True)
     nearest = nearest_rows(train_x, test_x, k, standardized, chunk)
     return names[torch.cat([_vote(rows, len(names)) for rows in torch.from_numpy(codes)[nearest].split(chunk)]).numpy()]
@@ -149,7 +150,7 @@ def knn_accuracy(
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
 ) -> float:
     "Return the share of held-out clips that get the right label from `knn_predict`."
-    test_x, test_y = _labelled(test_x, test_y, "test")
+    test_x, test_y = _labeled(test_x, test_y, "test")
     return _share(knn_predict(train_x, train_y, test_x, k, standardized), test_y)
 
 # %% ../nbs/21_evaluate.ipynb #51dcc327
@@ -240,7 +241,7 @@ def fit_probe(
     seed: int = 0, # seed of the inner split
 ) -> LinearProbe:
     "Return a `LinearProbe`; scikit-learn's LogisticRegression with C = 1 / (n · l2) has the same optimum."
-    raw, y = _labelled(train_x, train_y, "train")
+    raw, y = _labeled(train_x, train_y, "train")
     if l2 is not None and not l2 > 0:
         raise ValueError(f"l2 must be above 0, got {l2}; use 0.01, or None to choose it on the training clips")
     names, codes = np.unique(y, return_inverse=True)
@@ -265,7 +266,7 @@ def linear_probe(
     seed: int = 0, # seed of the inner split
 ) -> float:
     "Return the share of held-out clips that get the right label from `fit_probe`."
-    test_x, test_y = _labelled(test_x, test_y, "test")
+    test_x, test_y = _labeled(test_x, test_y, "test")
     return _share(fit_probe(train_x, train_y, l2, seed).predict(test_x), test_y)
 
 # %% ../nbs/21_evaluate.ipynb #e0c9f9f7
@@ -291,7 +292,7 @@ def chance(
     test_y, # (m,) labels of the held-out clips; negative = unlabeled, left out
 ) -> float:
     "Return the accuracy on `test_y` of always guessing the most frequent label of `train_y`; the mean over a tie."
-    train, test = (_labelled(np.zeros((len(y), 1)), y, name)[1] for y, name in ((train_y, "train"), (test_y, "test")))
+    train, test = (_labeled(np.zeros((len(y), 1)), y, name)[1] for y, name in ((train_y, "train"), (test_y, "test")))
     names, counts = np.unique(train, return_counts=True)
     guesses = names[counts == counts.max()]
     return float(np.mean([_share(np.full(len(test), guess), test) for guess in guesses]))

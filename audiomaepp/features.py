@@ -223,4 +223,4 @@ def build_frontend(
         return LogMel(num_frames, n_mels, n_fft=cfg.n_fft, **settings)
     if cfg.frontend == "fbank":
         return Fbank(num_frames, n_mels, **settings)
-    raise ValueError(f"frontend must be one of the known ones, got {cfg.frontend!r}; use 'logmel' or 'fbank'")
+    raise ValueError(f"frontend must be 'logmel' or 'fbank', got {cfg.frontend!r}; use 'logmel', the default")

@@ -221,9 +221,9 @@ def claim(
     folder, files, owner = Path(folder), list(files), made_by(folder)
     there = next((path for name in files for path in folder.glob(name)), None)
     if there and owner != command and not goes_on:
-        whose = f"audiomaepp {owner}" if owner else "something else"
-        raise ValueError(f"{folder} holds {there.relative_to(folder)}, which {whose} made, and {command} "
-                         "overwrites only its own files; choose another --out or move that file")
+        which = f"which audiomaepp {owner} made" if owner else f"which audiomaepp {command} did not make"
+        raise ValueError(f"{folder} holds {there.relative_to(folder)}, {which}; {command} must overwrite only its own "
+                         "files, so use another output folder or move that file")
     write_atomic(folder / MARKER, json.dumps(dict(command=command, files=files), indent=2).encode() + b"\n")
 
 # %% ../nbs/files.ipynb #f11e0013
@@ -234,9 +234,9 @@ def remove_claimed(
     "Remove the files that a command made and nothing else; raise `ValueError` if its marker is missing."
     folder, owner = Path(folder), made_by(folder)
     if owner != command:
-        whose = f"audiomaepp {owner}" if owner else "something else"
-        raise ValueError(f"{folder} was made by {whose}, not by audiomaepp {command}; choose another --out or delete "
-                         "the folder")
+        which = f"one that audiomaepp {owner} made" if owner else "another one"
+        raise ValueError(f"{folder} must be a folder that audiomaepp {command} made, got {which}; use another output "
+                         "folder or delete this one")
     homes = set()
     for name in json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:  # the marker may have been edited
@@ -382,9 +382,12 @@ def _place(name: str, fact, path: str | os.PathLike) -> tuple[tuple[int, ...], t
     kinds = dict(dtype=str, shape=list[int], data_offsets=list[int])
     kind, shape, offsets = check_fields(fact, kinds, where).values()
     whole = len(offsets) == 2 and 0 <= offsets[0] and min(shape, default=0) >= 0 and len(shape) < 64
-    if kind not in _BYTES or not whole or offsets[1] - offsets[0] != _BYTES[kind] * math.prod(shape):
-        raise damaged(where, "numbers that fill their bytes", f"{shown(kind)} numbers of shape {shown(shape)} in the "
-                      f"bytes {shown(offsets)}")
+    if kind not in _BYTES or not whole:
+        found = f"type {shown(kind)}, shape {shown(shape)} and bytes {shown(offsets)}"
+        raise damaged(where, "a tensor with a known type, a shape and a range of bytes", found)
+    if (there := offsets[1] - offsets[0]) != (needed := _BYTES[kind] * math.prod(shape)):
+        raise damaged(where, f"{shown(needed)} bytes long, for {kind} numbers of shape {shown(shape)}",
+                      f"{shown(there)} bytes")
     return tuple(shape), tuple(offsets)
 
 # %% ../nbs/files.ipynb #f11e011d
@@ -402,15 +405,16 @@ def read_header(
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _MOST):
-            kind = f"a safetensors file with a header of at most its own size and {_MOST >> 20} MB"
-            raise damaged(path, kind, f"{size} bytes with a header of {length} bytes")
+            kind = f"a safetensors file with a complete header of at most {_MOST >> 20} MB"
+            raise damaged(path, kind, f"a file of {size} bytes with a header of {length} bytes")
         facts = parse_json(file.read(length), f"the header of {path}")
     notes = check_fields({"notes": facts.pop("__metadata__", {})}, {"notes": dict[str, str]}, path)["notes"]
     places = {name: _place(name, fact, path) for name, fact in facts.items()}
     end = 0
     for name, (_, (first, last)) in sorted(places.items(), key=lambda item: item[1][1]):
         if first != end:
-            raise damaged(path, "a safetensors file without gaps", f"{shown(name)} at byte {first}, not {end}")
+            raise damaged(path, "a safetensors file without gaps between tensors", f"{shown(name)} at byte {first} "
+                          f"instead of {end}")
         end = last
     if end != size - 8 - length:
         raise damaged(path, f"a safetensors file of {8 + length + end} bytes", f"{size} bytes")
@@ -499,7 +503,7 @@ class Stop:
 
     @property
     def signum(self) -> int:
-        "Number of the signal, or 0 before the first one."
+        "Return the number of the signal, or 0 before the first one."
         self._read = self._signum != 0
         return self._signum
 

@@ -41,7 +41,7 @@ class HearModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        "The device of the weights."
+        "Return the device of the weights."
         return next(self.model.parameters()).device
 
     @torch.inference_mode()

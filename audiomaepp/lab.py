@@ -181,12 +181,14 @@ def results_of(
         rows.setdefault(comparison.experiment.row(result.setting, result.pooling), []).append(result)
     first = {results[0].setting: results for results in reversed(rows.values())}
     if row not in rows | first:
-        raise ValueError(f"{row!r} is not a row of this comparison; use one of {', '.join([*rows][1:] + [BASELINE])}")
+        raise ValueError(f"row must be a row of this comparison, got {row!r}; use one of "
+                         f"{', '.join([*rows][1:] + [BASELINE])}")
     found = (first | rows)[row]
     if seed is None or row == BASELINE:
         return found
     if seed not in (seeds := [result.seed for result in found]):
-        raise ValueError(f"seed={seed!r} was not trained; use one of {', '.join(map(str, seeds))}")
+        raise ValueError(f"seed must be one of the trained seeds, got {seed!r}; use one of "
+                         f"{', '.join(map(str, seeds))}")
     return [result for result in found if result.seed == seed]
 
 
@@ -287,9 +289,10 @@ def without_copies(
         many = count_of(len(copies), "shared clip")
         raise ValueError(f"the two parts must not share clips, got {many}: {same}; remove shared clips from one part")
     if len(copies) == len(train):
-        raise ValueError("every training clip is a copy of a held-out clip; use a split with other training clips")
+        raise ValueError(f"the training part must have clips that are not held out, got {len(train)} copies of "
+                         "held-out clips; use another split")
     kept = train.select(np.setdiff1d(np.arange(len(train)), [i for i, _ in copies]))
-    return kept, f"; {count_of(len(copies), 'clip')} not trained on: held out too" if copies else ""
+    return kept, f"; left out of training, because the same sounds are held out: {len(copies)}" if copies else ""
 
 # %% ../nbs/42_lab.ipynb #7a3fdc1b
 def _common_classes(*parts: Recordings) -> list[Recordings]:
@@ -301,7 +304,7 @@ def _common_classes(*parts: Recordings) -> list[Recordings]:
 def open_parts(
     data, # what `open_recordings` opens, or a pair: (training part, held-out part), as `split` returns it
     sample_rate: int, # Hz
-    quiet: bool = True, # whether to show no progress bar
+    quiet: bool = True, # whether the progress bar is hidden
     **how, # fold, group, held_out, fraction, seed: see `split`
 ) -> tuple[Recordings, Recordings, str]: # training part, held-out part, description of the split
     "Return the readable recordings in two parts that share no clip."
@@ -378,7 +381,8 @@ def design(
     pooling = [pooling] if isinstance(pooling, str) else None if pooling is None else list(pooling)
     for mode in pooling or []:
         if mode not in (*POOLING_MODES, "frame"):
-            raise ValueError(f"pooling={mode!r} is not a pooling mode; use {', '.join(POOLING_MODES)} or frame")
+            raise ValueError(f"pooling must name one or several of {', '.join(POOLING_MODES)}, frame, got {mode!r}; "
+                             "use one of these")
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds!r} must be different whole numbers; use seeds=(0, 1, 2)")
@@ -420,6 +424,8 @@ def obstacles(
     after["settings"] = {name: now.settings[name] for name in there.settings if name in now.settings}
     if set(there.seeds) <= set(now.seeds):
         after["seeds"] = there.seeds
+    if there.data == now.data:  # another version may describe the same split in other words
+        after["protocol"] = there.protocol
     return differences(before, after)
 
 # %% ../nbs/42_lab.ipynb #bb3df9ef
@@ -599,14 +605,14 @@ def _read_arrays(path: Path, n: int) -> list[dict[str, np.ndarray]]:
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if math.prod(shape) * dtype.itemsize > member.file_size:
-                raise damaged(path, kind, f"{member.filename} of shape {shape} in {member.file_size} bytes")
+                raise damaged(path, kind, f"{member.file_size} bytes for {member.filename} of shape {shape}")
         found = [{name: archive[f"{i}.{name}"] for name in _ARRAYS} for i in range(n)]
     for i, arrays in enumerate(found):
         for (name, array), kinds, dims in zip(arrays.items(), ("f", "iu", "f", "iu"), (2, 2, 1, 1), strict=True):
             if array.dtype.kind not in kinds or array.ndim != dims or len(array) != len(arrays["x"]):
-                raise damaged(path, kind, f"{i}.{name} of {array.dtype} numbers, shape {array.shape}")
+                raise damaged(path, kind, f"{i}.{name} with numbers of type {array.dtype} and shape {array.shape}")
         if not np.isfinite(arrays["x"]).all():
-            raise damaged(path, f"{kind}, all finite", f"NaN or infinity in {i}.x")
+            raise damaged(path, "an archive of finite numbers", f"NaN or infinity in {i}.x")
     return found
 
 # %% ../nbs/42_lab.ipynb #af748d14
@@ -670,7 +676,9 @@ def _read_baseline(folder: Path, results: list[Result]) -> Result:
     missing = [name for name in ACCURACIES if any(name in r.scores for r in results)
                and not all(name in r.scores for r in found)]
     if len(found) != 1 or missing:
-        raise damaged(folder / "results.json", f"one result with {' and '.join(missing) or 'scores'}", f"{len(found)}")
+        scores = ", ".join(name for result in found for name in result.scores) or "no scores"
+        raise damaged(folder / "results.json", f"a file of one result with {' and '.join(missing) or 'scores'}",
+                      f"{count_of(len(found), 'result')} with {scores}")
     return replace(found[0], setting=BASELINE)
 
 
@@ -687,7 +695,7 @@ def _read_run(folder: Path, run: tuple[str, int]) -> tuple[list[Result], History
     "Return the results of one training; raise `ValueError` that names a damaged file."
     results, history, failed = _read_results(folder)
     if strange := [f"{r.setting!r}, seed {r.seed}" for r in results if (r.setting, r.seed) != run]:
-        raise damaged(folder / "results.json", f"the results of {run[0]!r}, seed {run[1]}", f"of {strange[0]}")
+        raise damaged(folder / "results.json", f"the results of {run[0]!r}, seed {run[1]}", f"those of {strange[0]}")
     return results, history, failed
 
 
@@ -801,7 +809,7 @@ def run_all(
     experiment: Experiment, # design of the comparison
     parts: tuple[Recordings, Recordings], # training part, held-out part
     folder: Path, # folder of the comparison
-    quiet: bool, # whether to show no progress bar
+    quiet: bool, # whether the progress bar is hidden
 ):
     "Train and score every setting with every seed."
     epochs = sum(experiment.config(*run).epochs for run in experiment.runs())
@@ -825,7 +833,7 @@ def compare_losses(
     held_out=None, # rows to hold out, see `split`
     fraction: float = 0.2, # share of the clips to hold out at random
     split_seed: int = 0, # seed of the random split
-    quiet: bool = False, # whether to show no progress bar
+    quiet: bool = False, # whether the progress bar is hidden
 ) -> Comparison:
     """Train every setting from the same weights on the same batches, and score all on the same held-out clips.
 

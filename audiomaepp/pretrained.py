@@ -52,7 +52,7 @@ def from_pretrained(
     device: str | torch.device = "cpu", # device of the model
     **options, # arguments of `hf_hub_download`: revision, token, cache_dir, local_files_only, force_download
 ) -> AudioMAEPlusPlus: # model in evaluation mode
-    """Read a model.
+    """Return the model in a folder or in a repository of the Hub.
 
     Raises `FileNotFoundError` if there is none, `ValueError` if a file is damaged or the files do not belong together.
     """
@@ -174,7 +174,8 @@ def read_weights(
     if not isinstance(source, Mapping):
         path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; use a checkpoint (.safetensors, .pth or .pt)")
+            raise FileNotFoundError(f"source must be a file, got {path}, which does not exist; use a checkpoint "
+                                    "(.safetensors, .pth or .pt)")
         held, size = read_tensors(path) if path.suffix == ".safetensors" else _unpickled(path), path.stat().st_size
     for key in ("model", "state_dict", "model_state_dict", "module"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -202,7 +203,7 @@ def _check_numbers(
         strange = value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta
         if strange or size is not None and value.numel() * value.element_size() > size:
             what = f"{name} of shape {tuple(value.shape)}, {value.layout}, {value.dtype} on {value.device}"
-            raise damaged(path, "a checkpoint whose tensors hold their numbers", what)
+            raise damaged(path, "a checkpoint of dense real tensors that fit into the file", what)
     check_finite(weights, path)
 
 # %% ../nbs/50_pretrained.ipynb #30aa0013
@@ -318,13 +319,13 @@ def leave_out(
     unused = [name for name in weights if report.kind == "AudioMAE++" and ".norm3." in name]
     windows = any(re.match(r"decoder\.blocks\.0\..*(meta_mlp|\btau|relative_position)", name) for name in weights)
     if unused:
-        report.remarks.append(f"{len(unused)} of norm3, which the released code stores and never uses, left out")
+        report.remarks.append(f"{len(unused)} weights of norm3 left out, because the released code never uses them")
     if windows:
         unused += [name for name in weights if name.startswith("decoder.")]
-        report.remarks.append("its decoder attends in windows, which this model does not, and is left out")
+        report.remarks.append("decoder left out, because it attends in windows and this model's does not")
     if "fc_norm.weight" in weights and "encoder.norm.weight" not in weights:
         weights |= {f"encoder.norm.{end}": weights.pop(f"fc_norm.{end}") for end in ("weight", "bias")}
-        report.remarks.append("fine-tuned: its last LayerNorm came behind the pooling and is in front of it here")
+        report.remarks.append("fine-tuned: its last LayerNorm came after the pooling, and comes before it here")
     for name in unused:
         del weights[name]
 
@@ -343,10 +344,12 @@ def place(
     if report.wrong_shape or any(n.startswith("encoder.") for n in report.missing):
         raise ValueError(f"the checkpoint must hold all weights of the encoder, got {report}; use a complete one")
     if report.missing and not any(n.startswith("decoder.") for n in weights):
-        report.remarks.append("no decoder: it is drawn at random, so embeddings are right and reconstructions are not")
+        report.remarks.append("no decoder in the checkpoint: ours has random weights, so embeddings are right and "
+                              "reconstructions are not")
         report.missing = []
     if report.missing or report.unexpected:
-        warnings.warn(str(report), stacklevel=3)
+        warnings.warn(f"the checkpoint should hold exactly the weights of the model, got {report}; missing weights are "
+                      "random and unexpected ones are not used: check that this is intended", stacklevel=3)
     return fitting
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0010
@@ -367,7 +370,7 @@ def check_positions(
 # %% ../nbs/50_pretrained.ipynb #30aa0020
 def load_official(
     source: str | os.PathLike | Mapping, # released checkpoint (.pth, .safetensors), or the state dict in it
-    **settings, # settings that shapes do not show (num_heads of an unusual width), or that shall be different
+    **settings, # settings that the shapes do not show (num_heads of an unusual width), or to be changed
 ) -> AudioMAEPlusPlus: # model in evaluation mode, with a `Placement` in `.placement`
     """Return a released AudioMAE++ or AudioMAE checkpoint, or a timm port of AudioMAE's encoder, as a model.
 

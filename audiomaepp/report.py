@@ -164,18 +164,20 @@ def who_of(
     return "all are" if len(names) == of > 1 else f"{quoted(*names)} {'is' if len(names) == 1 else 'are'}"
 
 
+_SIDES = ("below it", "equal to it", "above it by no more than the margin", "above it by more than the margin")
+
+
 def against_baseline(
     comparison: Comparison,
 ) -> list[str]: # a sentence for each accuracy
-    "Return which rows are below the baseline, and which are clearly above it."
+    "Return which rows are below the baseline, which are equal to it, and which are clearly above it."
     rows, words = comparison.table.drop([BASELINE, CHANCE]), []
     for column in (name for name in ACCURACIES if name in rows):
-        baseline, found = comparison.baseline.scores[column], {}
-        for name, value in rows[column].dropna().items():
-            clear = value - baseline > margin_of(comparison, rows, column, [name])
-            side = "below it" if value < baseline else f"above it by {'' if clear else 'no '}more than the margin"
-            found.setdefault(side, []).append(name)
-        said = [f"{who_of(names, len(rows))} {side}" for side, names in sorted(found.items(), reverse=True)]
+        baseline, found = comparison.baseline.scores[column], {side: [] for side in _SIDES}
+        for name, gap in (rows[column].dropna() - baseline).round(9).items():
+            clear = gap > margin_of(comparison, rows, column, [name])
+            found[_SIDES[(gap >= 0) + (gap > 0) + clear]].append(name)
+        said = [f"{who_of(names, len(rows))} {side}" for side, names in found.items() if names]
         words += [f"{MEASURES[column]}, baseline {baseline:.2f}: {'; '.join(said)}"] * bool(said)
     return words
 
@@ -590,8 +592,9 @@ _PROTOCOL = (
     "kNN-10: cosine, on vectors standardized on the training clips. Linear: softmax regression on the same vectors; "
     "its penalty is chosen on an inner split of the training clips.",
     "A ★ marks a best number that is ahead of the next by more than the margin: half the 95 % t interval of the "
-    "difference over seeds (one spread for all settings) and half the 95 % Wilson interval for that number of clips, "
-    "added as squares. Against the baseline the margin is that of one row; with a single seed it is that of the clips.",
+    "difference over seeds (with one standard deviation for all settings) and half the 95 % Wilson interval for that "
+    "number of clips, combined as the root of the sum of their squares. Against the baseline the margin is that of one "
+    "row; with a single seed it is that of the clips.",
     "Reconstruction errors are comparable only where masking, patches and front end are the same. Seconds are training "
     "time without the time of the measurements.",
 )

@@ -99,13 +99,14 @@ def _maker(model, notes: dict[str, str], table: str | os.PathLike) -> EmbeddingG
 def _noted_maker(query, notes: dict[str, str], table: str | os.PathLike) -> EmbeddingGenerator:
     "Return the generator of the model that made a table; raise an error that names the query if it cannot be read."
     if not notes.get("place"):
-        raise ValueError(f"{shown(query)} is not in {table}, which does not say where its model is; "
-                         "name the model that made it (--model, in Python model=…)")
+        raise ValueError(f"a query that is not in {table} must be embedded by the model that made the table, got "
+                         f"{shown(query)} and a table that does not name its model; use --model (in Python model=…)")
     try:
         return _maker(notes["place"], notes, table)
     except OSError as error:
-        raise FileNotFoundError(f"{shown(query)} is not in {table}, and the model that made it cannot be read at its "
-                                f"place ({error}); name it (--model, in Python model=…)") from error
+        raise FileNotFoundError(f"a query that is not in {table} must be embedded by the model that made the table, "
+                                f"got {shown(query)} and a model that cannot be read ({error}); use --model (in "
+                                "Python model=…)") from error
 
 
 def _embedded(

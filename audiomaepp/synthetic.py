@@ -126,10 +126,10 @@ def synthesize(
     names = list(classes) if isinstance(classes, list | tuple) else list(SOUNDS)[:classes]
     unknown = [name for name in names if name not in SOUNDS]
     if unknown or not names:
-        raise ValueError(f"classes must be names of built-in sounds or their number, got {classes!r}; use some of "
-                         f"{', '.join(SOUNDS)}")
+        raise ValueError(f"classes must be names of built-in sounds, or how many of them, got {classes!r}; use some of "
+                         f"{', '.join(SOUNDS)}, or a number from 1 to {len(SOUNDS)}")
     if n < 1 or seconds < 0.5:
-        raise ValueError(f"clips must last at least 0.5 s and n must be at least 1, got seconds={seconds}, n={n}; use "
+        raise ValueError(f"seconds must be at least 0.5 and n at least 1, got seconds={seconds}, n={n}; use "
                          "synthesize(n=50, seconds=2.0)")
     waves, rows = torch.empty(len(names) * n, round(seconds * sample_rate)), []
     for label in names:

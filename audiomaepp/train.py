@@ -164,8 +164,8 @@ def _spectrograms(
     if "spec" in batch:
         return batch["spec"].to(device, non_blocking=True)
     if transform is None:
-        raise ValueError(f'a batch must hold "spec" where there is no transform, got {sorted(batch)}; '
-                         'use transform=build_frontend(cfg) to make it of "wav"')  # fmt: skip
+        raise ValueError(f'a batch must have the key "spec" if the trainer has no transform, got {sorted(batch)}; '
+                         'use Trainer(cfg, transform=build_frontend(cfg)) to make spectrograms of "wav"')  # fmt: skip
     with torch.no_grad():
         return transform(batch["wav"].to(device, non_blocking=True))
 

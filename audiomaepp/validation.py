@@ -65,8 +65,8 @@ class Validation:
     ):
         self.cfg, self.frontend = cfg, build_frontend(cfg)
         self.train, self.held = probe_loader(train, cfg), probe_loader(held, cfg)
-        self.labelled = all((y >= 0).any() for _, y in (self.train, self.held))
-        self.clips, self.best_by = clips, "knn" if self.labelled else f"-{clips}_reconstruction"
+        self.labeled = all((y >= 0).any() for _, y in (self.train, self.held))
+        self.clips, self.best_by = clips, "knn" if self.labeled else f"-{clips}_reconstruction"
 
     def __call__(self, model: AudioMAEPlusPlus) -> dict[str, float]:
         "Return reconstruction error, uniformity and RankMe of the validation clips; with labels, alignment and kNN-10."
@@ -74,7 +74,7 @@ class Validation:
         held, errors = self.embed(model, self.held[0], reconstruct=True)
         scores = {"reconstruction": float(np.mean(errors))} | _geometry(held, self.held[1])
         scores = {name if name == "rankme" else f"{self.clips}_{name}": score for name, score in scores.items()}
-        if self.labelled:
+        if self.labeled:
             scores["knn"] = knn_accuracy(self.embed(model, self.train[0])[0], self.train[1], held, self.held[1])
         return scores
 

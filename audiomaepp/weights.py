@@ -156,7 +156,7 @@ def checked_tensors(
     wrong = [name for name, shape in shapes.items() if found.get(name, shape) != shape]
     if wrong or "rng.cpu" not in found:
         problem = f"{wrong[0]} of shape {found[wrong[0]]}" if wrong else "no rng.cpu"
-        raise damaged(path, "a checkpoint of this model", problem)
+        raise damaged(path, "a checkpoint of this model with the state of the random numbers", problem)
     tensors = read_tensors(path)
     with naming(path, "a checkpoint with a state of the random numbers"):
         torch.Generator().set_state(tensors["rng.cpu"])

@@ -398,7 +398,7 @@ def test_not_finite(tmp_path, bad):
     samples = np.zeros((1_000, 2), "float32")
     samples[[3, 700], 1] = bad
     soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
-    assert reason(tmp_path / "a.wav") == "2 of 1000 samples are NaN or infinite"
+    assert reason(tmp_path / "a.wav") .startswith("samples must be finite, got NaN or infinity in 2 of 1000;")
     assert load_audio(tmp_path / "a.wav", start=0.001, seconds=0.02).shape == (320,) # the part without is fine
 
 
@@ -696,7 +696,7 @@ def test_build_frontend():
     assert torch.equal(by_dataset.log_spectrum(wav, lengths_of(wav))[:, :200], logs)
     assert torch.allclose(by_dataset(wav)[:, 0], (logs + 6) / 10, atol=1e-5)
     wrong = types.SimpleNamespace(**{**Config().to_dict(), "frontend": "mfcc"})
-    with pytest.raises(ValueError, match="'mfcc'.*'logmel' or 'fbank'"):
+    with pytest.raises(ValueError, match="'logmel' or 'fbank', got 'mfcc'"):
         build_frontend(wrong)
     with pytest.raises(ValueError, match="normalize"):
         LogMel(normalize="batch")

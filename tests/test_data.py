@@ -203,7 +203,7 @@ def test_no_such_place_and_no_audio(tmp_path):
     with pytest.raises(ValueError, match=r"contains no audio file; use a folder with files that .*\.flac .*\.wav"):
         open_recordings(tmp_path)
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(ValueError, match="neither a folder nor"):
+    with pytest.raises(ValueError, match="data must be a folder or a .csv or .parquet table"):
         open_recordings(tmp_path / "x.txt")
     (tmp_path / "x.wav").symlink_to("gone.wav")
     with pytest.raises(ValueError, match="that can be opened .*is a link to gone.wav"):
@@ -219,7 +219,7 @@ def test_links(tmp_path):
     recordings = open_recordings(tmp_path / "set")
     assert sorted(recordings.table.label) == ["a", "b", "b"]
     train, test, words = split(recordings, held_out=[0])
-    assert len(train) == 1 and train.paths[0].endswith("y.wav") and "held-out files again" in words
+    assert len(train) == 1 and train.paths[0].endswith("y.wav") and words.endswith("the same files are held out: 1)")
 
 
 def test_links_to_what_is_no_file_are_called_by_name(tmp_path):
@@ -291,7 +291,7 @@ def test_esc50_layout():
         assert words == f"fold {fold} held out: 320 train / 80 test"
         assert np.bincount(test.labels).tolist() == [8] * 10 and train.classes == test.classes == recordings.classes
         assert not set(train.table.src_file) & set(test.table.src_file)
-    with pytest.raises(ValueError, match="there is no fold 6; use one of 1, 2, 3, 4, 5"):
+    with pytest.raises(ValueError, match="fold must be a value in the column 'fold', got 6; use one of 1, 2, 3, 4, 5"):
         split(recordings, fold=6)
     assert split(recordings)[2].startswith("fold 5 held out")
     assert len(recordings.wav(0)) == 5 * RATE
@@ -304,7 +304,7 @@ def test_labels_and_groups_from_file_names():
     assert recordings.table.group.nunique() == 6 and not recordings.skipped
     train, test, words = split(recordings, group="theo")
     assert words == "group theo held out: 2500 train / 500 test" and set(test.table.group) == {"theo"}
-    with pytest.raises(ValueError, match="there is no group bob; use one of george, "):
+    with pytest.raises(ValueError, match="group must be a value in the column 'group', got bob; use one of george, "):
         split(recordings, group="bob")
     one, two = split(recordings)[:2]
     assert not set(one.table.group) & set(two.table.group) and len(two) == 500
@@ -352,9 +352,9 @@ def test_a_query_runs_nothing(listed, query, tmp_path, monkeypatch):
     "A query may come out of a file or off a web page."
     monkeypatch.chdir(tmp_path)
     ran = lambda: Path("ran").touch() # noqa: E731, F841 pandas' own queries can see it
-    with pytest.raises(ValueError, match="query="):
+    with pytest.raises(ValueError, match="query must compare columns"):
         listed.select(query)
-    with pytest.raises(ValueError, match="query="):
+    with pytest.raises(ValueError, match="query must compare columns"):
         split(listed, held_out=query)
     assert not list(tmp_path.iterdir())
 
@@ -379,7 +379,7 @@ def test_a_file_that_is_listed_twice_is_not_in_both(folder):
     files = [str(folder / f"owl/{i}.wav") for i in (0, 1, 2, 2)]
     recordings = Recordings(pd.DataFrame({"path": files, "label": "owl", "split": ["train", "train", "train", "test"]}))
     train, test, words = split(recordings)
-    assert train.paths == files[:2] and test.paths == files[2:3] and "1 more" in words
+    assert train.paths == files[:2] and test.paths == files[2:3] and words.endswith("held out: 1)")
 
 
 def test_validation_is_left_alone_when_there_is_a_test_part(folder):
@@ -395,7 +395,7 @@ def test_validation_is_left_alone_when_there_is_a_test_part(folder):
 def test_bad_splits(folder):
     recordings = open_recordings(folder)
     for options, words in (
-        ({"fold": 1}, "must have the column 'fold', got path, label;"),
+        ({"fold": 1}, "must have the column 'fold' to hold out a fold, got the columns path, label;"),
         ({"group": "x"}, "must have the column 'group'"),
         ({"fold": 1, "group": "x"}, "one of fold, held_out and group, got fold and group;"),
         ({"fraction": 1.0}, "fraction must be between 0 and 1"),
@@ -436,7 +436,7 @@ def test_every_clip_comes_once_when_the_contrastive_loss_is_off(folder):
     assert sorted(torch.cat([b["index"] for b in batches]).tolist()) == list(range(21))
 
 
-def test_unlabelled_clips(folder):
+def test_unlabeled_clips(folder):
     recordings = open_recordings(folder / "owl")
     assert recordings.classes == []
     batches = batches_of(recordings, config(batch_size=3))
@@ -554,7 +554,7 @@ def test_processes_share_the_batches(folder):
         shares.append(list(loader))
     assert len(whole) == len(loader) == 5 and len(shares[0]) == len(shares[1]) == 1
     assert same([shares[0][0], shares[1][0]], whole[2:4]), "the fifth has no partner"
-    with pytest.raises(ValueError, match="the 5 batches of an epoch"):
+    with pytest.raises(ValueError, match="world_size must be at most 5"):
         loader.set_epoch(0, rank=0, world_size=6)
 
 
@@ -579,7 +579,7 @@ def test_a_synthetic_clip_depends_on_seed_class_and_number_alone():
 def test_bad_synthetic_sets():
     with pytest.raises(ValueError, match="use some of rising glide"):
         synthesize(classes=["dog"])
-    with pytest.raises(ValueError, match="at least 0.5 s"):
+    with pytest.raises(ValueError, match="seconds must be at least 0.5"):
         synthesize(seconds=0.1)
 
 

@@ -107,7 +107,7 @@ def test_how_classes_are_called_does_not_matter():
         knn_accuracy(train_x, names[train_y], test_x, test_y)
 
 
-def test_unlabelled_clips_take_no_part():
+def test_unlabeled_clips_take_no_part():
     train_x, train_y, test_x, test_y = clouds()
     train_y, test_y = train_y.copy(), test_y.copy()
     train_y[::3], test_y[::4] = -1, -1
@@ -208,7 +208,7 @@ def test_a_report_survives_its_files(tmp_path):
     assert len({line.rfind(")") for line in str(report).splitlines()[2:4]}) == 1 # aligned
 
 
-def test_an_unlabelled_report_holds_what_needs_no_label():
+def test_an_unlabeled_report_holds_what_needs_no_label():
     train_x, _, test_x, _ = clouds()
     report = make_report(train_x, None, test_x, None)
     assert "RankMe" in str(report) and "kNN" not in str(report) and "chance" not in report.rows

@@ -164,10 +164,10 @@ def test_nan_is_not_hidden():
     assert uniformity_loss(z).isnan() and info_nce_loss(z, LABELS).isnan()
 
 
-def test_unlabelled_rows_are_negatives_and_nothing_more():
+def test_unlabeled_rows_are_negatives_and_nothing_more():
     z = batch()
-    relabelled = torch.where(LABELS < 0, -7, LABELS)
-    assert torch.equal(info_nce_loss(z, LABELS), info_nce_loss(z, relabelled))
+    relabeled = torch.where(LABELS < 0, -7, LABELS)
+    assert torch.equal(info_nce_loss(z, LABELS), info_nce_loss(z, relabeled))
     assert info_nce_loss(z, LABELS) > info_nce_loss(z[LABELS >= 0], LABELS[LABELS >= 0])
 
 
