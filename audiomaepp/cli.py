@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
 import os
 import platform
@@ -23,9 +24,10 @@ import signal
 import sys
 import textwrap
 import time
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_origin, get_type_hints
 
@@ -595,6 +597,91 @@ def shortened(cls: type, names: tuple[str, ...]) -> type:
     made = type(cls.__name__, (cls,), {"__annotations__": kinds, "__doc__": "Often changed.", **values})
     return dataclass(frozen=True)(made)
 
+# %% ../nbs/60_cli.ipynb #5e11a002
+_BEFORE_DATA = {"demo": 1, "train": 1, "lab": 1, "embed": 2, "evaluate": 2, "finetune": 2}  # words before the folder
+
+
+def with_data(
+    words: list[str], # arguments after `audiomaepp`
+) -> list[str]:
+    "Return the arguments with --data before a folder that has no flag."
+    at = _BEFORE_DATA.get(words[0] if words else "", len(words))
+    named = any(word.split("=")[0] == "--data" for word in words)
+    if named or at >= len(words) or any(word.startswith("-") for word in words[: at + 1]):
+        return words
+    return [*words[:at], "--data", *words[at:]]
+
+# %% ../nbs/60_cli.ipynb #5e11a005
+def _values(flag: str, words: list[str]) -> str:
+    "Return what follows a flag on the command line."
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return " ".join(takewhile(lambda word: not word.startswith("--"), parts[parts.index(flag) + 1 :])) or "none"
+
+
+def plain_error(
+    box: str, # what tyro printed
+    words: list[str], # arguments after `audiomaepp`
+) -> str:
+    "Return an error of tyro as one line."
+    _, *rest = [line.strip("│ ") for line in box.strip().splitlines()]  # the first line is a title
+    lines = [line for line in rest if line.strip("─-╰╯")]  # of ASCII on some terminals
+    if "For full helptext" not in box:
+        return box.strip()
+    help_at = next(i for i, line in enumerate(lines) if line.startswith(("Argument helptext:", "For full helptext")))
+    said = " ".join(lines[:help_at])
+    explains = f"audiomaepp {words[0]} --help{'-all' * (words[0] in ('train', 'lab'))} explains it"
+    if found := re.match(r"Error parsing (--[\w-]+): ", said):
+        kind = lines[help_at + 1].removeprefix(found[1]).strip()
+        kind = {"INT": "a whole number", "FLOAT": "a number"}.get(kind, kind)
+        return f"{found[1]} must be {kind}, got {_values(found[1], words)}; {explains}"
+    if found := re.match(r"Error parsing \S+: (.+)", said):  # an error of our own
+        return found[1]
+    if found := re.match(r"invalid choice '.*' for argument '(--[\w-]+)'. Expected one of \((.+)\)", said):
+        choices = found[2].replace("'", "")
+        return f"{found[1]} must be one of {choices}, got {_values(found[1], words)}; {explains}"
+    if found := re.match(r"Missing value for argument '(--[\w-]+)'", said):
+        return f"{found[1]} must be followed by a value, got none; {explains}"
+    if found := re.match(r"Missing from .+?: (.+?) \(required\)", said):
+        return f"{words[0]} needs {lines[1]}, {found[1].removeprefix(lines[1]).strip()}; {explains}"
+    return f"{said}; {explains}"
+
+# %% ../nbs/60_cli.ipynb #5e11a007
+def unknown_word(
+    command: Command,
+    name: str, # name of the command
+    words: list[str], # arguments that it does not know
+) -> str:
+    "Return an error for the first argument that a command does not know."
+    if not (flags := [word.split("=")[0] for word in words if word.startswith("-")]):
+        hint = f"audiomaepp {name} --help explains its arguments"
+        if name in _BEFORE_DATA:
+            hint = f"a folder of sounds comes right after {'the model or run' if _BEFORE_DATA[name] > 1 else name}, or after --data"
+        return f"{name} takes no argument {words[0]} there; {hint}"
+    parts = [part for part in (command, *vars(command).values()) if dataclasses.is_dataclass(part)]
+    known = [f"--{field.name.replace('_', '-')}" for part in parts for field in dataclasses.fields(part)]
+    near = difflib.get_close_matches(flags[0], known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"audiomaepp {name} --help{'-all' * (len(parts) > 1)} lists them"
+    return f"{name} has no option {flags[0]}; {hint}"
+
+
+def _parsed(
+    kinds: list, # commands, annotated for tyro
+    words: list[str], # arguments after `audiomaepp`
+) -> Command:
+    "Return the command that tyro makes of the arguments; raise `ValueError` in place of its error boxes."
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            command, unknown = tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=words, description=_ABOUT,  # noqa: UP007
+                                        config=(tyro.conf.PositionalMetavarFromFieldName,), return_unknown_args=True)
+    except SystemExit as end:
+        if end.code == 2:
+            raise ValueError(plain_error(said.getvalue(), words)) from None
+        raise
+    if unknown:
+        raise ValueError(unknown_word(command, words[0], unknown))
+    return command
+
 # %% ../nbs/60_cli.ipynb #d2885d52
 _COMMANDS = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "map": Map, "embed": Embed, "search": Search,
@@ -607,7 +694,7 @@ _ABOUT = ("AudioMAE++: see what a loss does to an embedding space. --debug anywh
 def parse(
     argv: list[str], # arguments after `audiomaepp`
 ) -> Command:
-    "Return the command for the arguments; exit after --help or an invalid argument."
+    "Return the command for the arguments; exit after --help, raise `ValueError` for an invalid argument."
     found = re.search(r"(?:^|\0)--preset[=\0]([^\0]*)", "\0".join(argv))
     preset = found[1] if found else "nano"
     if preset not in PRESETS:
@@ -624,12 +711,12 @@ def parse(
             kind, default = _short_command(cls, start) if short else (cls, {"default": cls(**start)})
             about += " --help-all shows every setting."
         kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=about, **default)])
-    words = ["--help" if word == "--help-all" else word for word in argv]
-    command = tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=words, description=_ABOUT)  # noqa: UP007
+    words = with_data(["--help" if word == "--help-all" else word for word in argv])
+    command = _parsed(kinds, words)
     if isinstance(command, Lab):
         command.line = shlex.join(["audiomaepp", *argv])
     if isinstance(command, Train):
-        command.given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
+        command.given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     return command
 
 # %% ../nbs/60_cli.ipynb #a31cd004
@@ -650,13 +737,15 @@ def answer(argv: list[str]) -> str | None: # None if the arguments are for a com
         return f"audiomaepp {__version__}"
     at = argv.index("--preset") + 1 if "--preset" in argv else None
     if at is not None and (at == len(argv) or argv[at].startswith("-")):
+        if "--json" in argv:
+            return json.dumps(PRESET_SUMMARIES, indent=2)
         width = max(map(len, PRESETS))
         return "\n".join(f"{name:{width}}  {line}" for name, line in PRESET_SUMMARIES.items())
-    word = next(iter(argv), "--help")
+    word = next(iter(argv), "none")
     if not word.startswith("-") and word not in _COMMANDS:
         near = difflib.get_close_matches(word, _COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else "audiomaepp --help explains them"
-        raise ValueError(f"command must be one of {', '.join(_COMMANDS)}, got {word!r}; {hint}")
+        raise ValueError(f"command must be one of {', '.join(_COMMANDS)}, got {word}; {hint}")
     return None
 
 # %% ../nbs/60_cli.ipynb #066d2de2
@@ -730,7 +819,11 @@ def main(
     except Exception as error:
         if debug:
             raise
-        sys.exit(printable(f"audiomaepp: {error_line(error)}"))
+        line = printable(f"audiomaepp: {error_line(error)}")
+        if command is not None:
+            sys.exit(line)
+        print(line, file=sys.stderr)
+        sys.exit(2)
 
 # %% ../nbs/60_cli.ipynb #c11e0005
 if __name__ == "__main__" and __package__:  # not in a notebook, which has no package

@@ -64,14 +64,55 @@ def test_questions_are_answered_without_torch(line):
         ("map nowhere", "must be the folder of a run, got 'nowhere'"),
         ("predict nowhere", "must be the folder of a run, got 'nowhere'"),
         ("search a.wav --in nowhere.parquet", "run audiomaepp embed first"),
-        ("train --preset smal", "small"),
-        ("train --mask-ratio 2", "mask_ratio"),
+        ("train --mask-ratio 2", "mask_ratio must be"),
+        ("train nowhere --preset smal", "small"),
     ],
 )
 def test_mistakes_are_answered_without_torch(line, words):
     done = shell(*line.split())
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
     assert loaded(done) == [] and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "command must be one of demo, train, evaluate"),
+        ("train sounds --preset smal", "did you mean small?"),
+        ("train sounds --mask-ratio 2", "mask_ratio must be greater than 0 and less than 1, got 2.0; use 0.75"),
+        ("lab sounds --fraction 2", "fraction must be between 0 and 1, got 2.0; use 0.2"),
+        ("train sounds --fold 9 --group theo", "got fold='9' and group='theo'; remove"),
+        ("train --epochs x", "--epochs must be a whole number, got x; audiomaepp train --help-all explains it"),
+        ("train --base-lr=much", "--base-lr must be a number, got much; audiomaepp train --help-all explains it"),
+        ("lab sounds --seeds 0 one", "--seeds must be [INT [INT ...]], got 0 one; audiomaepp lab --help"),
+        ("train --epochs", "--epochs must be followed by a value, got none; audiomaepp train --help"),
+        ("train --pooling-mode max", "--pooling-mode must be one of cls, mean, cls+mean, got max; audiomaepp train"),
+        ("train --set nonsense", "train has no option --set; did you mean"),
+        ("train --qqq 3", "train has no option --qqq; audiomaepp train --help-all lists them"),
+        ("train --mask-rato=0.5", "has no option --mask-rato; did you mean --mask-ratio?"),
+        ("evaluate", "evaluate needs RUN-FOLDER, folder of a run; audiomaepp evaluate --help explains it"),
+        ("embed runs/a", "embed needs --data STR, folder or table of sounds"),
+        ("map runs/a sounds", "map takes no argument sounds there; audiomaepp map --help explains"),
+        ("train --quiet sounds", "takes no argument sounds there; a folder of sounds comes right after train"),
+        ("train sounds more", "takes no argument more there"),
+        ("embed runs/a sounds --data more", "takes no argument sounds there"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_one_plain_line(line, words, capsys):
+    """A box around "Error parsing __tyro-dummy-inner__.config" hid what was wrong with one word."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line.split())
+    said = capsys.readouterr()
+    (told,) = said.err.splitlines()
+    assert told.startswith("audiomaepp: ") and words in told and caught.value.code == 2 and not said.out
+
+
+@pytest.mark.parametrize("line", ["train {}", "lab {}", "demo {}", "embed runs/a {}", "evaluate runs/a {}",
+                                  "finetune runs/a {}"])  # fmt: skip
+def test_a_folder_needs_no_flag(line):
+    """`audiomaepp train sounds` was an unrecognized option."""
+    short, long = (cli.parse(line.format(how).split()) for how in ("sounds --quiet", "--data sounds --quiet"))
+    assert short == long and short.quiet
 
 
 def test_the_plain_help_of_train_fits_two_screens():
@@ -86,6 +127,7 @@ def test_every_preset_is_listed_with_a_line():
     lines = shell("train", "--preset").stdout.strip().splitlines()
     assert [line.split()[0] for line in lines] == list(PRESETS)
     assert all(len(line.split()) > 3 for line in lines), "a name alone says nothing"
+    assert list(json.loads(shell("train", "--preset", "--json").stdout)) == list(PRESETS)
 
 
 def test_completion_for_the_shell():
