@@ -41,6 +41,7 @@ from .source import Source, need_path, skipped_lines
 
 if TYPE_CHECKING:
     from audiomaepp.lab import Comparison, Experiment
+    from audiomaepp.search import Hits
 
 # %% ../nbs/60_cli.ipynb #920986e2
 @dataclass(kw_only=True)
@@ -97,7 +98,7 @@ def _to_resume(out: str | os.PathLike) -> list[str]:
 
 @dataclass
 class Train(Command):
-    "Train a model on a folder of sounds."
+    "Train a model on a folder of sounds: audiomaepp train sounds."
 
     data: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
     preset: str = "nano" # settings to start from; --preset without a name lists them all
@@ -219,7 +220,10 @@ class Demo(Command):
 # %% ../nbs/60_cli.ipynb #2905aebf
 @dataclass
 class Embed(Command):
-    "Embed a folder or table of sounds into a Parquet file; called again, continue it."
+    """Embed a folder or table of sounds into a Parquet file; called again, continue it.
+
+    Recordings that cannot be decoded are skipped and listed. If none can be decoded, the exit code is 1.
+    """
 
     model: tyro.conf.Positional[str] # folder of a run or of save_pretrained, or a repository of the Hub
     data: str # folder or table of sounds
@@ -228,13 +232,15 @@ class Embed(Command):
     windows: bool = False # a row for each window of a recording, not one for the whole
     hop_seconds: float | None = None # from one window to the next; a whole window by default
     workers: int | None = None # threads that decode; one for each core by default
+    overwrite: bool = False # embed everything again, also what the file holds already
 
     def run(self) -> dict:
         Source(self.data).check()
         from audiomaepp.data import NoRecordings
         from audiomaepp.embed import EmbeddingGenerator
 
-        how, path = dict(windows=self.windows, workers=self.workers), Path(self.out).with_suffix(".skipped.csv")
+        path = Path(self.out).with_suffix(".skipped.csv")
+        how = dict(windows=self.windows, workers=self.workers, overwrite=self.overwrite)
         check_table(path, ("path", "reason"))
         generator = EmbeddingGenerator(self.model, self.device, hop_seconds=self.hop_seconds)
         try:
@@ -245,12 +251,15 @@ class Embed(Command):
             raise
         skipped = table.attrs["skipped"]
         size = len(table["embedding"].iat[0]) if len(table) else 0
-        of = f"{len(table)} windows of {table['path'].nunique()}" if self.windows else f"{len(table)}"
-        self.say(f"{of} recordings embedded ({size} numbers each) in {self.out}; {len(skipped)} skipped")
+        count, new = table["path"].nunique(), table.attrs["new"]
+        rows = f"{len(table)} windows, {size} numbers each" if self.windows else f"{size} numbers each"
+        self.say(f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped; "
+                 f"{self.out} holds {count} ({rows})")
         if skipped:
             skipped.to_csv(path)
             self.say(*skipped_lines(skipped), f"All in {path}")
-        return {"out": self.out, "rows": len(table), "dimensions": size, "skipped": [list(pair) for pair in skipped]}
+        counts = {"rows": len(table), "new": new, "dimensions": size}
+        return {"out": self.out, **counts, "skipped": [list(pair) for pair in skipped]}
 
     def after_stop(self) -> str:
         return "What was embedded is saved; the same command continues."
@@ -258,28 +267,42 @@ class Embed(Command):
 # %% ../nbs/60_cli.ipynb #e7e09441
 @dataclass
 class Search(Command):
-    "Find the sounds that are nearest to a clip, or to the mean of several clips."
+    "Find the sounds that are nearest to a clip, or to the mean of several clips: audiomaepp search runs/a dog.wav."
 
-    clips: tyro.conf.Positional[tuple[str, ...]] # sound files, in the table or not
-    table: Annotated[str, tyro.conf.arg(name="in")] = "embeddings.parquet" # file that audiomaepp embed wrote
-    model: str | None = None # model that wrote it, for clips that are not in the table; as noted there by default
+    place: tyro.conf.Positional[str] # folder of a run, to search its own sounds; or a Parquet file of embed
+    clips: tyro.conf.Positional[tuple[str, ...]] # sound files, searched or not
+    table: Annotated[str | None, tyro.conf.arg(name="in")] = None # the Parquet file, if only clips are named before it
+    model: str | None = None # model that wrote the file, for clips that are not in it; as noted there by default
     k: int = 10 # number of sounds to find
     out: str | None = None # CSV file for the result; it replaces only a table of the same kind
 
     def run(self) -> dict:
-        if not Path(self.table).is_file():
-            raise FileNotFoundError(f"--in must be a file that audiomaepp embed wrote, got {self.table}, which is "
-                                    "missing; run audiomaepp embed first")
+        where, clips = (self.table, [self.place, *self.clips]) if self.table else (self.place, list(self.clips))
+        if not clips:
+            raise ValueError(f"clips must name a sound file after the run or the Parquet file, got only {where!r}; use "
+                             "audiomaepp search RUN a.wav")
         if self.out:
             check_table(self.out, ("path", "similarity"))
-        from audiomaepp.search import SoundIndex
-
-        hits = SoundIndex(self.table, self.model).search(list(self.clips), self.k)
+        hits = self.find(where, clips)
         print(hits)
         table = hits.table.drop(columns="path_bytes", errors="ignore")
         if self.out:
             write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
         return {"hits": json.loads(table.to_json(orient="records"))}
+
+    def find(self, where: str, clips: list[str]) -> "Hits":
+        "Return the nearest sounds in a Parquet file, or among those of a run."
+        if Path(where).is_file():
+            from audiomaepp.search import SoundIndex
+
+            return SoundIndex(where, self.model).search(clips, self.k)
+        if not (Path(where) / "config.json").is_file():
+            raise FileNotFoundError("place must be the folder of a run or a Parquet file that audiomaepp embed wrote, "
+                                    f"got {where!r}, which is neither; use audiomaepp search RUN a.wav, or run "
+                                    "audiomaepp embed first")
+        from audiomaepp.run import Run
+
+        return Run(where).search(clips, self.k, quiet=self.quiet)
 
 # %% ../nbs/60_cli.ipynb #366763fa
 @dataclass
@@ -314,7 +337,10 @@ class Finetune(Command):
 # %% ../nbs/60_cli.ipynb #8fb73c0d
 @dataclass
 class Predict(Command):
-    "Print the class probabilities of sounds, by a fine-tuned run."
+    """Print the class probabilities of sounds, by a fine-tuned run.
+
+    Sounds that cannot be decoded are skipped and listed on standard error. If none can be decoded, the exit code is 1.
+    """
 
     run_folder: tyro.conf.Positional[str] # folder that finetune made
     files: tyro.conf.Positional[tuple[str, ...]] # sound files or folders
@@ -333,6 +359,11 @@ class Predict(Command):
             check_table(self.out, ("path", "class"))
         table = run.predict(list(self.files), self.device)
         skipped = [list(pair) for pair in table.attrs["skipped"]]
+        print(*skipped_lines(skipped), sep="\n", end="\n" * bool(skipped), file=sys.stderr)
+        if not len(table):
+            raise ValueError(f"files must hold sounds that can be decoded, got {len(skipped)} that cannot; use others")
+        if skipped and not self.quiet:
+            print(f"{len(table)} sounds predicted, {len(skipped)} skipped", file=sys.stderr)
         if self.out:
             write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
         rows = json.loads(table.to_json(orient="records"))
@@ -340,7 +371,6 @@ class Predict(Command):
             print(json.dumps(rows, indent=2))
         else:
             print(table.to_csv(index=False) if self.format == "csv" else table.round(3).to_string(index=False))
-        print(*skipped_lines(skipped), sep="\n", end="\n" * bool(skipped), file=sys.stderr)
         return {"predictions": rows, "skipped": skipped}
 
 # %% ../nbs/60_cli.ipynb #fc65a1c7
@@ -452,6 +482,7 @@ class Lab(Command):
         experiment = design(settings, seeds, self.config, pooling)
         self.data.check()
         recordings, out = self.data.find(self.config), lab_folder(self, experiment)
+        self.data.check_held_out(recordings)
         if self.color not in recordings.table:
             names = ", ".join(recordings.table.columns)
             raise ValueError(f"color must be a column of the recordings, got {self.color!r}; use one of {names}")
@@ -655,7 +686,8 @@ def unknown_word(
     if not (flags := [word.split("=")[0] for word in words if word.startswith("-")]):
         hint = f"audiomaepp {name} --help explains its arguments"
         if name in _BEFORE_DATA:
-            hint = f"a folder of sounds comes right after {'the model or run' if _BEFORE_DATA[name] > 1 else name}, or after --data"
+            first = name if _BEFORE_DATA[name] == 1 else "the model or run"
+            hint = f"a folder of sounds comes right after {first}, or after --data"
         return f"{name} takes no argument {words[0]} there; {hint}"
     parts = [part for part in (command, *vars(command).values()) if dataclasses.is_dataclass(part)]
     known = [f"--{field.name.replace('_', '-')}" for part in parts for field in dataclasses.fields(part)]
@@ -672,8 +704,9 @@ def _parsed(
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            command, unknown = tyro.cli(Union[tuple(kinds)], prog="audiomaepp", args=words, description=_ABOUT,  # noqa: UP007
-                                        config=(tyro.conf.PositionalMetavarFromFieldName,), return_unknown_args=True)
+            command, unknown = tyro.cli(
+                Union[tuple(kinds)], prog="audiomaepp", args=words, description=_ABOUT,  # noqa: UP007
+                config=(tyro.conf.PositionalMetavarFromFieldName,), return_unknown_args=True)
     except SystemExit as end:
         if end.code == 2:
             raise ValueError(plain_error(said.getvalue(), words)) from None

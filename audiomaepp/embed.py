@@ -381,6 +381,7 @@ def embed_table(
     out: str | os.PathLike | None, # Parquet file to create or to extend; None keeps the table in memory
     place: str = "", # folder or repository of the model
     save_seconds: float = 60.0, # approximate seconds between two saves to `out`
+    overwrite: bool = False, # whether to embed again what `out` holds already
     **how, # workers and quiet, see `folder_rows`
 ): # DataFrame
     "Embed a table of recordings; skip those that `out` already holds."
@@ -394,16 +395,19 @@ def embed_table(
         todo = sorted(i for path, i in first.items() if path not in done)
         return folder_rows(stream, recordings, todo, states, skipped, stop=stop, **how)
 
+    new = 0
     if out is None:
-        table = joined(recordings, [row for found in rows(done=()) for row in found])
+        found = list(rows(done=()))
+        table, new = joined(recordings, [row for one in found for row in one]), len(found)
     else:
-        store = EmbeddingStore(out, stream.notes(place), states, save_seconds)
+        store = EmbeddingStore(out, stream.notes(place), states, save_seconds, overwrite)
         with stopping() as stop, closing(store):
             for found in rows(store.done, stop):
                 store.add(found)
+                new += 1
         store.finish(recordings.table)
         table = read_parquet(out)
-    table.attrs["skipped"] = skipped
+    table.attrs |= {"skipped": skipped, "new": new}
     return table
 
 # %% ../nbs/20_embed.ipynb #20e0001a
@@ -464,10 +468,9 @@ class EmbeddingGenerator:
         pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; default: the config's
     ) -> np.ndarray: # (D,) for one recording, (n, D) for a list
         "Embed a recording, or each in a list; raise `AudioError` for a file that cannot be decoded."
-        many = isinstance(audio, list | tuple)
+        clips = audio if (many := isinstance(audio, list | tuple)) else [audio]
         stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode)
-        pieces = (as_pieces(one, sample_rate, self.cfg.sample_rate) for one in (audio if many else [audio]))
-        x, _ = embed_each(stream, pieces)
+        x, _ = embed_each(stream, (as_pieces(one, sample_rate, self.cfg.sample_rate) for one in clips))
         return x if many else x[0]
 
     def extract_frames(
@@ -500,7 +503,8 @@ class EmbeddingGenerator:
         windows: bool = False, # whether each window is a row, and not each recording
         workers: int | None = None, # threads that decode; default: one for each core
         save_seconds: float = 60.0, # approximate seconds between two saves to `out`
-    ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs["skipped"]` lists (path, reason)
+        overwrite: bool = False, # whether to embed again what `out` holds already
+    ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs` has skipped (path, reason) and new
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
 
         Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal.
@@ -508,4 +512,4 @@ class EmbeddingGenerator:
         stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode, windows)
         with only_writer(out, folder=False) if out is not None else nullcontext():
             sounds = open_recordings(folder, self.cfg.sample_rate)
-            return embed_table(stream, sounds, out, self.place, save_seconds, workers=workers, quiet=quiet)
+            return embed_table(stream, sounds, out, self.place, save_seconds, overwrite, workers=workers, quiet=quiet)

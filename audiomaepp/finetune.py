@@ -336,7 +336,7 @@ def finetune_run(
         begun = _is_begun(out, facts)
         if begun and (out / "results.json").exists():
             if not reuse:
-                raise ValueError(f"{out} already holds a classifier that is complete; choose another --out")
+                raise ValueError(f"{out} already holds a classifier that is complete; choose another out")
             return _scores(out)
         claim(out, "finetune", CLASSIFIER_FILES)
         pretrained = _load_model(os.fspath(model), how.seed)
@@ -372,9 +372,9 @@ def _is_begun(out: Path, facts: dict) -> bool:
     for name, value in json.loads(json.dumps(facts)).items():
         if value != before.get(name):
             if (out / "results.json").exists():
-                raise ValueError(f"{out} already holds a classifier that is complete; choose another --out")
+                raise ValueError(f"{out} already holds a classifier that is complete; choose another out")
             raise ValueError(f"{name}={value!r} differs from the fine-tuning in {out}, which has "
-                             f"{before.get(name)!r}; use the same settings to continue it, or choose another --out")
+                             f"{before.get(name)!r}; use the same settings to continue it, or choose another out")
     return True
 
 
@@ -401,7 +401,7 @@ def _open_parts(model: AudioMAEPlusPlus, run: Path, source: Source | None, out: 
         source, parts = load_source(run), open_again(run, model.cfg, quiet)
         seed = check_fields(read_json(path), dict(seed=int), path, ["seed"]).get("seed", seed)
     else:
-        raise ValueError(f"{run} does not say what it was trained on; name a folder with --data")
+        raise ValueError(f"{run} does not say what it was trained on; name a folder with data")
     save_source(source, out, parts, seed)
     return parts
 

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +25,24 @@ from audiomaepp.files import (
     made_by,
     naming,
     only_writer,
+    parquet_schema,
     printable,
     read_header,
     read_json,
     remove_claimed,
     write_atomic,
 )
-from .source import Parts, Source, load_source, need_path, open_again, open_source, save_source, skipped_lines
+from audiomaepp.source import (
+    Parts,
+    Source,
+    load_source,
+    need_path,
+    open_again,
+    open_source,
+    save_source,
+    skipped_lines,
+    trained_on,
+)
 from .tables import escape
 
 if TYPE_CHECKING:
@@ -91,7 +102,8 @@ def _begin(out: Path, command: str):
     "Claim a folder for a new run; raise a `ValueError` if it already holds one."
     begun = next((path.name for name in ("checkpoint*.safetensors", "history.csv") for path in out.glob(name)), None)
     if begun and made_by(out) in ("train", "demo", ""):
-        raise ValueError(f"{out} already holds a run ({begun}); use --resume to continue it, or choose another --out")
+        raise ValueError(f"{out} already holds a run ({begun}); resume continues it (--resume), or choose "
+                         "another out")
     claim(out, command, RUN_FILES)
 
 # %% ../nbs/40_run.ipynb #6a9264d5
@@ -116,6 +128,11 @@ def train_run(
             trainer = Trainer.resume(out, quiet=quiet, epochs=cfg.epochs)
             trainer.history.rows[:] = _renamed(trainer.history).rows
             cfg = trainer.cfg
+            if trainer.state.epoch >= cfg.epochs:
+                if trainer.accelerator.is_main_process and not quiet:
+                    print(f"already finished: {trainer.state.epoch} epochs; train longer with epochs "
+                          f"(--epochs {2 * trainer.state.epoch})")
+                return AudioMAEPlusPlus.from_pretrained(out, trainer.device), trainer.history
             opened = open_again(out, cfg, quiet)
             on_main(lambda: claim(out, command, RUN_FILES, goes_on=True))
         else:
@@ -473,7 +490,7 @@ def embed_with_run(
     out: str | os.PathLike | None, # Parquet file; in the folder of the run by default
     quiet: bool, # whether to show no progress
     device: str | None, # device of the model; a GPU if there is one
-    how: dict, # arguments of `embed_folder`: pooling_mode, windows, workers
+    how: dict, # arguments of `embed_folder`: pooling_mode, windows, workers, overwrite
 ) -> "pd.DataFrame":
     "Embed recordings into a Parquet file, or continue that file; return its table."
     from audiomaepp.embed import EmbeddingGenerator, fingerprint
@@ -483,11 +500,27 @@ def embed_with_run(
         data, name = source.find(run.config), source.place
     else:
         name = os.path.abspath(data) if isinstance(data, str | os.PathLike) else data.source
-    generator = EmbeddingGenerator(run.path, device)
-    out = out or embeddings_path(run.path, name, f"{fingerprint(generator.model)} {sorted(how.items())}")
-    table = generator.embed_folder(data, out, quiet=quiet, **how)
+    generator, overwrite = EmbeddingGenerator(run.path, device), how.pop("overwrite", False)
+    weights = fingerprint(generator.model)
+    out = out or embeddings_path(run.path, name, f"{weights} {sorted(how.items())}")
+    table = generator.embed_folder(data, out, quiet=quiet, overwrite=overwrite, **how)
+    remove_outdated(run.path, weights)
     table.attrs["path"] = os.fspath(out)
     return table
+
+
+def remove_outdated(
+    run: Path, # folder of the run
+    weights: str, # fingerprint of its model
+):
+    "Remove the files of `embeddings_path` that earlier weights made; nothing can use them again."
+    ours = r".*-[0-9a-f]{6}-[0-9a-f]{6}[.]parquet(/[0-9]+[.]parquet)?"
+    for path in list((run / "embeddings").rglob("*.parquet")):
+        name = path.relative_to(run / "embeddings").as_posix().replace(".parts/", "/")
+        with suppress(ValueError, OSError):  # a damaged file; a folder that holds other files
+            if re.fullmatch(ours, name) and parquet_schema(path).metadata.get(b"audiomaepp.model") != weights.encode():
+                path.unlink()
+                path.parent.rmdir()
 
 
 def embeddings_path(
@@ -498,6 +531,22 @@ def embeddings_path(
     "Return the path of the Parquet file for some sounds, in the folder of a run."
     sounds, made = (hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6] for text in (name, how))
     return run / "embeddings" / f"{printable(Path(name).stem)}-{sounds}-{made}.parquet"
+
+# %% ../nbs/40_run.ipynb #9a41c7e0
+def search_with_run(
+    run: RunFolder, # run whose model compares the sounds
+    sound, # path, samples at the model's rate or an embedding; or a list of these: their mean
+    k: int, # number of clips
+    among: str | os.PathLike | None, # folder or table to search; the run's own sounds by default
+    quiet: bool, # whether to show no progress
+) -> "Hits":
+    "Return the nearest clips to a sound; embed what is searched, if it is not embedded yet."
+    from audiomaepp.search import SoundIndex
+
+    for clip in sound if isinstance(sound, list | tuple) else [sound]:
+        if isinstance(clip, str | os.PathLike) and not os.fspath(clip).startswith("synthetic/"):  # a built-in sound
+            need_path(clip, "sound must be a file")
+    return SoundIndex(embed_with_run(run, among, None, quiet, None, {}).attrs["path"], run.path).search(sound, k)
 
 # %% ../nbs/40_run.ipynb #79a49da1
 def evaluation_of(
@@ -516,6 +565,9 @@ def evaluation_of(
                              "group, held_out, fraction, label_from or group_from")
         source.check()
         found = score_parts(run.path, open_source(source, run.config, quiet), quiet, device)
+        if copies := trained_on(run.path, found.test):
+            found.report.protocol += (f". {copies} of the {len(found.test)} scored recordings are training recordings "
+                                      "of the run, so these are not held-out numbers")
     elif how:
         raise ValueError(f"{next(iter(how))} splits other sounds, got no data; name them with data, or leave it out")
     elif run.scored is None or run.scored[0] != state:
@@ -634,16 +686,12 @@ class Run(RunFolder):
         return draw_run(self.path, evaluation_of(self, quiet=quiet), color)
 
     def embed(self, data=None, out: str | os.PathLike | None = None, quiet: bool = False, **how) -> "pd.DataFrame":
-        "Embed a folder, or the run's own sounds, into a Parquet file; a second call continues or reuses it."
+        "Embed a folder, or the run's own sounds, into a Parquet file; reuse it unless `overwrite=True`."
         return embed_with_run(self, data, out, quiet, how.pop("device", None), how)
 
     def search(self, sound, k: int = 10, among=None, quiet: bool = False) -> "Hits":
-        "Return the `k` nearest clips to a sound, among the run's own sounds or those in a folder."
-        from audiomaepp.search import SoundIndex
-
-        if isinstance(sound, str | os.PathLike) and not os.fspath(sound).startswith("synthetic/"):  # a built-in sound
-            need_path(sound, "sound must be a file")
-        return SoundIndex(self.embed(among, quiet=quiet).attrs["path"], self.path).search(sound, k)
+        "Return the `k` nearest clips to a sound, or to several, among the run's own sounds or those in a folder."
+        return search_with_run(self, sound, k, among, quiet)
 
     def finetune(self, out: str | os.PathLike | None = None, quiet: bool = False, **settings) -> "Run":
         "Fine-tune a classifier on top of the encoder; return its run. A second call continues or reuses it."

@@ -53,6 +53,10 @@ class Source:
             raise ValueError(f"fraction must be between 0 and 1, got {self.fraction!r}; use 0.2 to hold out a fifth")
         if not 1 <= self.synthetic_clips <= 1000:
             raise ValueError(f"synthetic_clips must be from 1 to 1000, got {self.synthetic_clips!r}; use 50")
+        chosen = {n: v for n in ("fold", "group", "held_out_rows") if (v := getattr(self, n)) is not None}
+        if len(chosen) > 1:
+            got = " and ".join(f"{name}={value!r}" for name, value in chosen.items())
+            raise ValueError(f"only one of fold, group and held_out_rows may be given, got {got}; remove all but one")
         if isinstance(self.held_out_rows, list):
             object.__setattr__(self, "held_out_rows", tuple(self.held_out_rows))
 
@@ -75,6 +79,13 @@ class Source:
             return synthesize(n=self.synthetic_clips, sample_rate=cfg.sample_rate)
         return open_recordings(self.data, cfg.sample_rate, self.label_from, self.group_from)
 
+    def check_held_out(self, recordings: "Recordings"):
+        "Raise `ValueError` if the fold, group or rows to hold out are not among the recordings; decode nothing."
+        from audiomaepp.data import _choose
+
+        rows = list(self.held_out_rows) if isinstance(self.held_out_rows, tuple) else self.held_out_rows
+        _choose(recordings, self.fold, rows, self.group, self.fraction, seed=0)
+
 # %% ../nbs/16_source.ipynb #ae473c0f
 class Parts(NamedTuple):
     "The recordings of a run."
@@ -95,6 +106,7 @@ def open_source(
 
     try:
         recordings = source.find(cfg)
+        source.check_held_out(recordings)
         rows, numbers = source.held_out_rows, isinstance(source.held_out_rows, tuple)
         if numbers:
             recordings.table["_held_out"] = [i in set(rows) for i in range(len(recordings))]
@@ -289,3 +301,17 @@ def open_again(
         raise ValueError(f"data={source.data!r} has changed since {where}: {told}{more}; restore the data or train a "
                          "new run")
     return Parts(train, test, protocol)
+
+# %% ../nbs/16_source.ipynb #7d20c1a2
+def trained_on(
+    run: str | os.PathLike, # folder of the run
+    recordings: "Recordings", # recordings of any place
+) -> int:
+    "Return how many recordings have the contents of a training recording of a run; 0 for a run of an earlier version."
+    path = Path(run) / "recordings.csv"
+    if not path.is_file():
+        return 0
+    known = {row["digest"] for row in _read_rows(path).values() if row["part"] == "train"}
+    with ThreadPoolExecutor() as pool:
+        rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
+        return sum(digest in known for digest in pool.map(_Row.digest, rows))

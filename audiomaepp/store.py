@@ -135,7 +135,7 @@ def check_notes(
         found = kept.get(f"audiomaepp.{name}".encode(), b"none").decode("utf-8", "replace")
         if name != "place" and found != value:
             raise ValueError(f"{path} must hold embeddings with {name} {value}, got {name} {found}; "
-                             "use another file as output or remove this one")
+                             "use another output, or overwrite=True (--overwrite) to embed again from the start")
 
 # %% ../nbs/store.ipynb #57a0000e
 def stored_states(
@@ -241,6 +241,7 @@ class EmbeddingStore:
         notes: Mapping[str, str], # model, pooling mode, kind of rows
         states: Mapping[str, tuple[int, int]], # path → state, of all recordings that are to be embedded
         save_seconds: float = 60.0, # approximate number of seconds between two parts
+        overwrite: bool = False, # whether to remove what the file holds, and start again
     ):
         self.out, self.notes, self.save_seconds = Path(out), notes, save_seconds
         self.parts = self.out.with_name(self.out.name + ".parts")
@@ -251,7 +252,10 @@ class EmbeddingStore:
         remove_unfinished(self.out.with_name(self.out.name + ".whole"))
         width = None
         for path in (path for path in [self.out, *sorted(self.parts.glob("*.parquet"))] if path.exists()):
-            check_notes(path, notes)
+            check_notes(path, {} if overwrite else notes)
+            if overwrite:
+                path.unlink()
+                continue
             held, width = stored_states(path, width)
             self._add_source(path, current(path, held, states))
 

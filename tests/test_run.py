@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 import soundfile
 import torch
 
-from audiomaepp import Config, Run, train
+from audiomaepp import Config, Run, cli, train
 from audiomaepp.run import hints
-from audiomaepp.source import load_source
+from audiomaepp.source import Source, load_source, open_source
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer
 
@@ -236,3 +237,102 @@ def test_a_run_without_a_model_says_how_to_continue(run, tmp_path):
     (tmp_path / "config.json").write_bytes((run.path / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match="--resume --out"):
         Run(tmp_path).evaluate(quiet=True)
+
+
+# ---- what a new user stumbled on
+
+
+@pytest.mark.parametrize("how, words", [
+    (dict(fold=9), "there is no fold 9; use one of 1, 2, 3"),
+    (dict(group="theo"), "recordings must have the column 'group'"),
+    (dict(fold=2, group="north"), "got fold='2' and group='north'; remove all but one"),
+    (dict(fold=2, held_out=[0]), "got fold='2' and held_out_rows="),
+])  # fmt: skip
+def test_what_cannot_be_held_out_is_refused_before_decoding(how, words, sounds, tmp_path, monkeypatch):
+    """--fold 9 was refused after all sounds had been decoded, and a message named a setting that nobody had given."""
+    monkeypatch.setattr("audiomaepp.data.drop_unreadable", lambda *args, **kwargs: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Run.train(sounds, out=tmp_path / "run", quiet=True, **how, **TINY)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_resuming_a_finished_run_says_so(run, monkeypatch, capsys):
+    """It decoded everything, showed a full bar and said "Next: evaluate", as if it had trained."""
+    no_training(monkeypatch)
+    monkeypatch.setattr("audiomaepp.data.drop_unreadable", lambda *args, **kwargs: pytest.fail("decoded"))
+    run.resume()
+    assert capsys.readouterr().out == "already finished: 1 epochs; train longer with epochs (--epochs 2)\n"
+
+
+def test_embed_counts_what_is_new_and_starts_again_when_told(run, sounds, tmp_path, monkeypatch):
+    """A repeated call said that everything was embedded, and there was no way to embed it again."""
+    out = tmp_path / "e.parquet"
+    first = run.embed(sounds, out=out, quiet=True)
+    assert (first.attrs["new"], run.embed(sounds, out=out, quiet=True).attrs["new"]) == (18, 0)
+    again = run.embed(sounds, out=out, quiet=True, overwrite=True)
+    assert again.attrs["new"] == 18 and np.allclose(np.stack(again["embedding"]), np.stack(first["embedding"]))
+    with pytest.raises(ValueError, match=r"overwrite=True \(--overwrite\)"):
+        run.embed(sounds, out=out, quiet=True, pooling_mode="cls")
+    other = run.embed(sounds, out=out, quiet=True, pooling_mode="cls", overwrite=True)
+    assert other.attrs["new"] == 18 and not np.allclose(np.stack(other["embedding"]), np.stack(first["embedding"]))
+    assert run.embed(quiet=True, overwrite=True).attrs["new"] == 18  # the same file in the folder of the run
+    assert run.embed(quiet=True).attrs["new"] == 0
+
+
+def test_overwrite_spares_files_of_others(run, sounds, tmp_path):
+    table = tmp_path / "mine.parquet"
+    pd.DataFrame({"path": ["a.wav"]}).to_parquet(table)
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match="must be a table that audiomaepp wrote"):
+        run.embed(sounds, out=table, quiet=True, overwrite=True)
+    assert table.read_bytes() == before
+
+
+def test_embeddings_of_earlier_weights_are_removed(sounds, tmp_path):
+    """They lay in the folder forever, and no call could ever use them."""
+    run = Run.train(sounds, out=tmp_path / "run", fold=2, quiet=True, **TINY)
+    old = [Path(run.embed(quiet=True).attrs["path"]), Path(run.embed(quiet=True, windows=True).attrs["path"])]
+    own = old[0].with_name("own.parquet")
+    own.write_bytes(old[0].read_bytes())
+    parts = old[0].with_name(old[0].name + ".parts")
+    parts.mkdir()
+    shutil.copy(old[0], parts / "000000.parquet")  # of a call that was interrupted
+    new = Path(run.resume(epochs=2, quiet=True).embed(quiet=True).attrs["path"])
+    assert sorted(new.parent.iterdir()) == sorted([new, own])
+    assert run.embed(quiet=True, windows=True).attrs["new"] == 18
+
+
+def test_copies_of_training_sounds_are_not_scored_without_a_word(run, sounds, tmp_path):
+    """The scores of clips that the weights were fitted to looked like held-out scores."""
+    for i, path in enumerate(sorted(sounds.parent.glob("*.wav"))):
+        (tmp_path / "copies" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "copies" / "ab"[i % 2] / f"copy{i}.wav")
+    report = run.evaluate(tmp_path / "copies", quiet=True, fraction=0.5)
+    n = report.rows["this model"]["n_test"]
+    names = {Path(path).stem for path in run.data.train.paths}
+    test = open_source(Source(str(tmp_path / "copies"), fraction=0.5), run.config, quiet=True).test
+    known = sum(f"{int(Path(path).stem[4:]):02d}" in names for path in test.paths)
+    said = f"{known} of the {n} scored recordings are training recordings of the run, so these are not held-out numbers"
+    assert 0 < known and said in str(report) and said in report._repr_html_() and said in report.to_dict()["protocol"]
+    made = synthesize(n=4, classes=3, seconds=1, seed=9)
+    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
+        (tmp_path / "new" / label).mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "new" / label / f"{i}.wav", np.asarray(wave), 16000)
+    assert "training recordings" not in str(run.evaluate(tmp_path / "new", quiet=True))
+
+
+def test_the_shell_searches_what_python_searches(run, sounds, capsys):
+    """`run.search` looked among the run's sounds, `audiomaepp search` in a file that happened to be in the folder."""
+    clip = sounds.parent / "04.wav"
+    hits = run.search(clip, k=3, quiet=True).table
+    cli.main(["search", str(run.path), str(clip), "--k", "3", "--json", "--quiet"])
+    shown = json.loads(capsys.readouterr().out)["hits"]
+    assert [row["path"] for row in shown] == list(hits["path"])
+    assert np.allclose([row["similarity"] for row in shown], hits["similarity"], atol=1e-5)
+    table = run.embed(quiet=True).attrs["path"]
+    for line in (["search", table, clip], ["search", clip, "--in", table]):
+        cli.main([*map(str, line), "--k", "3", "--json"])
+        assert json.loads(capsys.readouterr().out)["hits"] == shown
+    two = run.search([clip, sounds.parent / "05.wav"], k=3, quiet=True)
+    cli.main(["search", str(run.path), str(clip), str(sounds.parent / "05.wav"), "--k", "3", "--json"])
+    assert [row["path"] for row in json.loads(capsys.readouterr().out)["hits"]] == list(two.table["path"])

@@ -174,8 +174,9 @@ def test_json_of_every_reading_command(run, sounds, tmp_path):
     table = tmp_path / "e.parquet"
     facts = json.loads(shell("embed", run, "--data", sounds, "--out", table, "--json").stdout)
     assert (facts["rows"], facts["dimensions"], facts["skipped"]) == (18, 32, [])
+    assert (facts["new"], json.loads(shell("embed", run, sounds, "--out", table, "--json").stdout)["new"]) == (18, 0)
     clip = next(sounds.rglob("*.wav"))
-    facts = json.loads(shell("search", clip, "--in", table, "--k", "2", "--json").stdout)
+    facts = json.loads(shell("search", table, clip, "--k", "2", "--json").stdout)
     assert len(facts["hits"]) == 2 and {"path", "similarity"} <= set(facts["hits"][0])
 
 
@@ -204,6 +205,7 @@ def test_predict(how, classifier, sounds, tmp_path):
     files = [*sorted(sounds.rglob("*.wav"))[:2], bad]
     done = shell("predict", classifier, *files, "--format", how)
     assert done.returncode == 0 and "bad.wav" in done.stderr and "bad.wav" not in done.stdout
+    assert "2 sounds predicted, 1 skipped" in done.stderr
     if how == "table":
         assert "class" in done.stdout and len(done.stdout.strip().splitlines()) == 3
         return
@@ -213,6 +215,14 @@ def test_predict(how, classifier, sounds, tmp_path):
     for row in rows:
         chances = {name: float(row[name]) for name in classes}
         assert abs(sum(chances.values()) - 1) < 1e-4 and row["class"] == max(chances, key=chances.get)
+
+
+def test_predict_of_nothing_fails(classifier, sounds, tmp_path):
+    """A script took the exit code 0 for a prediction."""
+    bad = tmp_path / "bad.wav"
+    bad.write_text("no sound")
+    done = shell("predict", classifier, bad, "--format", "json")
+    assert done.returncode == 1 and done.stdout == "" and "skipped" in done.stderr and "use others" in done.stderr
 
 
 def test_predict_needs_sounds(classifier):
