@@ -469,7 +469,9 @@ class _Log:
         state, lr = self.state, self.state.optimizer.param_groups[0]["lr"]
         epoch = state.epoch + (state.batch > 0)
         row = {"epoch": epoch, "step": state.step, "lr": float(f"{lr:.4g}"), **self.meter.row()}
+        self.bar.set_description("scoring")
         row |= (scores := {k: round(float(v), 5) for k, v in score().items()})
+        self.bar.set_description("training")
         state.history.rows.append(row)
         self.meter.clear()
         if self.last and self.last.finite and state.step > self.warmup:
