@@ -130,8 +130,8 @@ def train_run(
             cfg = trainer.cfg
             if trainer.state.epoch >= cfg.epochs:
                 if trainer.accelerator.is_main_process and not quiet:
-                    print(f"already finished: {trainer.state.epoch} epochs; train longer with epochs "
-                          f"(--epochs {2 * trainer.state.epoch})")
+                    done = trainer.state.epoch
+                    print(f"already finished: {done} epochs; train longer with epochs={2 * done} (--epochs {2 * done})")
                 return AudioMAEPlusPlus.from_pretrained(out, trainer.device), trainer.history
             opened = open_again(out, cfg, quiet)
             on_main(lambda: claim(out, command, RUN_FILES, goes_on=True))

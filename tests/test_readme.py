@@ -55,10 +55,21 @@ def test_from_a_folder_to_a_map(home, capsys):
 def test_every_shell_command_parses_and_runs(home, capsys):
     text = next(block for block in blocks("sh") if "audiomaepp predict" in block)
     lines = [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
-    assert [line[0] for line in lines] == ["train", "evaluate", "map", "embed", "search", "finetune", "predict"]
+    assert [line[0] for line in lines] == [
+        "train", "evaluate", "map", "search", "embed", "search", "finetune", "predict"]
     for line in lines:
         cli.main([*line, "--epochs", "1"] if line[0] == "finetune" else line)
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_its_losses_are_those_of_its_code(capsys):
+    """A reader who pasted the example got other numbers each time, and could not tell whether it worked."""
+    (code,) = [block for block in blocks("python") if "AudioMAEPlusPlus(cfg)" in block]
+    (imports,) = [block for block in blocks("python") if "import torch" in block]
+    names = {}
+    exec(imports + code, names)
+    losses = {name: round(loss.item(), 3) for name, loss in names["out"].losses.items()}
+    assert str(losses) in README.read_text(encoding="utf-8")
 
 
 def test_what_it_says_of_masking():

@@ -261,7 +261,7 @@ def test_resuming_a_finished_run_says_so(run, monkeypatch, capsys):
     no_training(monkeypatch)
     monkeypatch.setattr("audiomaepp.data.drop_unreadable", lambda *args, **kwargs: pytest.fail("decoded"))
     run.resume()
-    assert capsys.readouterr().out == "already finished: 1 epochs; train longer with epochs (--epochs 2)\n"
+    assert capsys.readouterr().out == "already finished: 1 epochs; train longer with epochs=2 (--epochs 2)\n"
 
 
 def test_embed_counts_what_is_new_and_starts_again_when_told(run, sounds, tmp_path, monkeypatch):
@@ -336,3 +336,9 @@ def test_the_shell_searches_what_python_searches(run, sounds, capsys):
     two = run.search([clip, sounds.parent / "05.wav"], k=3, quiet=True)
     cli.main(["search", str(run.path), str(clip), str(sounds.parent / "05.wav"), "--k", "3", "--json"])
     assert [row["path"] for row in json.loads(capsys.readouterr().out)["hits"]] == list(two.table["path"])
+
+
+def test_the_bar_says_that_it_is_scoring(sounds, tmp_path, capsys):
+    """It stood at 100 % for as long as the validation took, as if the command hung."""
+    Run.train(sounds, out=tmp_path / "run", fold=2, **TINY)
+    assert re.search("scoring: 100%.*training: 100%", capsys.readouterr().err, re.S)
