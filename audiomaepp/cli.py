@@ -220,7 +220,7 @@ class Demo(Command):
 # %% ../nbs/60_cli.ipynb #2905aebf
 @dataclass
 class Embed(Command):
-    """Embed a folder or table of sounds into a Parquet file; called again, continue it.
+    """Embed a folder or table of sounds into a Parquet file: audiomaepp embed runs/a sounds. Called again, continue it.
 
     Recordings that cannot be decoded are skipped and listed. If none can be decoded, the exit code is 1.
     """
@@ -645,7 +645,10 @@ def with_data(
 # %% ../nbs/60_cli.ipynb #5e11a005
 def _values(flag: str, words: list[str]) -> str:
     "Return what follows a flag on the command line."
-    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    parts = []
+    for word in words:
+        name, *value = word.split("=", 1) if word.startswith("--") else [word]
+        parts += [name.replace("_", "-") if word.startswith("--") else name, *value]  # tyro takes both spellings
     return " ".join(takewhile(lambda word: not word.startswith("--"), parts[parts.index(flag) + 1 :])) or "none"
 
 
@@ -721,7 +724,8 @@ _COMMANDS = {
     "finetune": Finetune, "predict": Predict, "lab": Lab, "doctor": Doctor,
 }
 _ABOUT = ("AudioMAE++: see what a loss does to an embedding space. --debug anywhere shows the traceback of an error, "
-          "--version the version; audiomaepp COMMAND --help explains a command.")
+          "--version the version; audiomaepp COMMAND --help explains a command. A folder of sounds right after the "
+          "command, or after its run, needs no --data: audiomaepp train sounds.")
 
 
 def parse(

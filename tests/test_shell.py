@@ -83,6 +83,7 @@ def test_mistakes_are_answered_without_torch(line, words):
         ("lab sounds --fraction 2", "fraction must be between 0 and 1, got 2.0; use 0.2"),
         ("train sounds --fold 9 --group theo", "got fold='9' and group='theo'; remove"),
         ("train --epochs x", "--epochs must be a whole number, got x; audiomaepp train --help-all explains it"),
+        ("train --batch_size x", "--batch-size must be a whole number, got x"),
         ("train --base-lr=much", "--base-lr must be a number, got much; audiomaepp train --help-all explains it"),
         ("lab sounds --seeds 0 one", "--seeds must be [INT [INT ...]], got 0 one; audiomaepp lab --help"),
         ("train --epochs", "--epochs must be followed by a value, got none; audiomaepp train --help"),
