@@ -401,7 +401,7 @@ def _open_parts(model: AudioMAEPlusPlus, run: Path, source: Source | None, out: 
         source, parts = load_source(run), open_again(run, model.cfg, quiet)
         seed = check_fields(read_json(path), dict(seed=int), path, ["seed"]).get("seed", seed)
     else:
-        raise ValueError(f"{run} does not say what it was trained on; name a folder with data")
+        raise ValueError(f"{run} does not say what it was trained on; name a folder with --data (in Python source=…)")
     save_source(source, out, parts, seed)
     return parts
 

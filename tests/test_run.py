@@ -243,7 +243,7 @@ def test_a_run_without_a_model_says_how_to_continue(run, tmp_path):
 
 
 @pytest.mark.parametrize("how, words", [
-    (dict(fold=9), "there is no fold 9; use one of 1, 2, 3"),
+    (dict(fold=9), "got 9; use one of 1, 2, 3"),
     (dict(group="theo"), "recordings must have the column 'group'"),
     (dict(fold=2, group="north"), "got fold='2' and group='north'; remove all but one"),
     (dict(fold=2, held_out=[0]), "got fold='2' and held_out_rows="),
