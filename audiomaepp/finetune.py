@@ -437,6 +437,6 @@ def predict_table(
         chances = head(vectors).softmax(dim=1).cpu().numpy()
     names = [classifier.classes[i] for i in chances.argmax(axis=1)] if len(x) else []
     result = pd.DataFrame({"path": [printable(paths[i]) for i in rows], "class": names})
-    result = result.join(pd.DataFrame(chances.reshape(len(x), -1), columns=classifier.classes))
+    result = result.join(pd.DataFrame(chances, columns=classifier.classes))
     result.attrs["skipped"] = Skipped([*skipped, *failed])
     return result
