@@ -265,19 +265,29 @@ class Embed(Command):
         return "What was embedded is saved; the same command continues."
 
 # %% ../nbs/60_cli.ipynb #e7e09441
+def _is_sound(path: str) -> bool:
+    "Return whether a path is a file that is not Parquet."
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) != b"PAR1"
+
+
 @dataclass
 class Search(Command):
     "Find the sounds that are nearest to a clip, or to the mean of several clips: audiomaepp search runs/a dog.wav."
 
-    place: tyro.conf.Positional[str] # folder of a run, to search its own sounds; or a Parquet file of embed
+    place: tyro.conf.Positional[str] # folder of a run, to search its own sounds; or a Parquet file of embed; or a clip
     clips: tyro.conf.Positional[tuple[str, ...]] # sound files, searched or not
-    table: Annotated[str | None, tyro.conf.arg(name="in")] = None # the Parquet file, if only clips are named before it
+    table: Annotated[str | None, tyro.conf.arg(name="in")] = None # Parquet file, if not named before the clips
     model: str | None = None # model that wrote the file, for clips that are not in it; as noted there by default
     k: int = 10 # number of sounds to find
     out: str | None = None # CSV file for the result; it replaces only a table of the same kind
 
     def run(self) -> dict:
-        where, clips = (self.table, [self.place, *self.clips]) if self.table else (self.place, list(self.clips))
+        where, clips = self.place, list(self.clips)
+        if self.table or (_is_sound(where) and Path("embeddings.parquet").is_file()):
+            where, clips = self.table or "embeddings.parquet", [where, *clips]
         if not clips:
             raise ValueError(f"clips must name a sound file after the run or the Parquet file, got only {where!r}; use "
                              "audiomaepp search RUN a.wav")

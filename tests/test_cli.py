@@ -338,13 +338,15 @@ def test_held_out_clips_are_never_trained_on(tmp_path, monkeypatch):
 # ---- what a trained model is for
 
 
-def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys):
+def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys, monkeypatch):
     table = tmp_path / "x.parquet"
     embed = ["embed", str(run), "--data", str(sounds), "--out", str(table)]
     cli.main(embed)
     first = table.stat().st_mtime_ns
     cli.main(embed)
-    assert capsys.readouterr().out.count("40 recordings embedded") == 2 and table.stat().st_mtime_ns > first
+    said = capsys.readouterr().out
+    assert "40 recordings embedded, 0 were there already" in said and "0 recordings embedded, 40 were" in said
+    assert table.stat().st_mtime_ns > first
     clip = sorted(sounds.rglob("*.flac"))[0]
     cli.main(["search", str(clip), "--in", str(table), "--k", "3", "--out", str(tmp_path / "hits.csv")])
     found, printed = rows_of(tmp_path / "hits.csv"), capsys.readouterr().out
@@ -355,6 +357,10 @@ def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys):
     for model in ([], ["--model", str(run)]):
         cli.main(["search", str(elsewhere), "--in", str(table), *model, "--k", "1"])
         assert str(clip) in capsys.readouterr().out  # the same sound under its other name
+    (tmp_path / "embeddings.parquet").write_bytes(table.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    cli.main(["search", str(clip), "--k", "3"])  # the table of this folder, as `embed` names it
+    assert all(row["path"] in capsys.readouterr().out for row in found[:1])
     assert "is missing" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
 
 
