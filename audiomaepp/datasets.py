@@ -164,7 +164,7 @@ class Resuming:
 # %% ../nbs/datasets.ipynb #da7a0019
 def download(
     dataset: Dataset,
-    home: Path, # folder for the archive
+    folder: Path, # folder of the data set; the archive goes into a hidden folder beside it
     url: str = "", # other address of the archive
     quiet: bool = False, # whether the progress bar is hidden
 ) -> Path: # complete archive
@@ -173,17 +173,17 @@ def download(
     import requests
 
     url = url or dataset.url
-    name = f".{dataset.name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    home, name = make_folder(folder.with_name(f".{folder.name}.download")), hashlib.sha256(url.encode()).hexdigest()[:8]
     resuming = Resuming(home / f"{name}.part", dataset.name, quiet)
     pooch.get_logger().setLevel("ERROR")
     try:
-        return Path(pooch.retrieve(url, dataset.sha256 or None, f"{name}.archive", home, downloader=resuming))
+        return Path(pooch.retrieve(url, dataset.sha256 or None, name, home, downloader=resuming))
     except requests.RequestException as error:
         raise ConnectionError(f"{dataset.name} must be downloaded from {url}, got {_problem(error, resuming.size)}; "
                               f"try again, or get this file on another machine and use audiomaepp data get "
                               f"{dataset.name} --from FILE") from error
     except OSError as error:
-        raise _cannot_write(home / dataset.name, error) from error
+        raise _cannot_write(folder, error) from error
     except ValueError as error: # pooch found another checksum and removed the file
         if "hash" not in str(error):
             raise
@@ -257,11 +257,13 @@ def unpack(
     with tqdm(desc="unpacking", unit=" files", disable=quiet) as bar:
         for member, blocks in members(archive):
             if name := dataset.kept(member):
+                if name in sums:
+                    raise damaged(archive, "an archive with one file of each name", f"{name!r} twice")
                 sums[name] = _write(folder / name, blocks)
                 bar.update()
     if not sums or dataset.digest and files_digest(sums) != dataset.digest:
-        raise damaged(archive, f"the archive of {dataset.name} with {dataset.clips} recordings as they were published",
-                      f"{sum('/' in name for name in sums)} files, or files with other names or contents")
+        raise damaged(archive, f"the archive of {dataset.name} with the files that its authors published",
+                      f"{len(sums)} files with other names or contents" if sums else "no file of that name")
 
 
 def _write(path: Path, blocks: Iterator[bytes]) -> str: # MD5
@@ -288,7 +290,7 @@ def esc10_table(
     "Write the table of ESC-10: the fold is in the name of a file, the class in the name of its folder."
     (folder / "meta").mkdir()
     with open(folder / "meta" / "esc10.csv", "x", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = csv.writer(file, lineterminator="\n")
         table.writerow(("filename", "fold", "category"))
         for path in sorted((folder / "audio").glob("*/*.ogg")):
             label = _ESC10[path.parent.name.split(" - ", 1)[1]]
@@ -363,7 +365,8 @@ def get_dataset(
     with alone(folder, quiet):
         if not is_there(folder): # another process may have made it
             local = Path(source).expanduser() if source and "://" not in str(source) else None
-            _tell(f"{name}: {dataset.size / 1e6:,.0f} MB from {source or dataset.url}\n"
+            size = "" if local else f" ({dataset.size / 1e6:,.0f} MB)"
+            _tell(f"{name} from {source or dataset.url}{size}\n"
                   f"License: {dataset.license}. Please cite: {dataset.cite}", quiet)
             if local:
                 _check_local(dataset, local)
@@ -385,14 +388,14 @@ def _check_local(dataset: Dataset, archive: Path):
 
 def _install_download(dataset: Dataset, url: str, folder: Path, quiet: bool):
     "Download and install a data set; remove the archive, unless the disk was full."
-    archive = download(dataset, folder.parent, url, quiet)
+    archive = download(dataset, folder, url, quiet)
     try:
         install(dataset, archive, folder, quiet)
     except ValueError as error:
         archive.unlink()
         words = str(error).replace(str(archive), url or dataset.url)
         raise ValueError(f"{words}; the download was removed, so that the next call gets it again") from error
-    archive.unlink()
+    shutil.rmtree(archive.parent)
 
 # %% ../nbs/datasets.ipynb #da7a002a
 def catalog(
