@@ -196,6 +196,8 @@ def _problem(error: Exception, size: int) -> str:
 
     if isinstance(error, requests.HTTPError):
         return f"the answer {error.response.status_code} {error.response.reason}"
+    if isinstance(error, ValueError):
+        return "an address that is not one of http or https"
     if size:
         return f"a broken connection after {size / 1e6:.1f} MB"
     if isinstance(error, requests.exceptions.SSLError):

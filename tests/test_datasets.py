@@ -476,6 +476,10 @@ def test_an_address_that_is_gone_is_named_with_the_answer(home, server):
     assert "got the answer 404 Not Found; try again" in failed(["data", "get", "tiny", "--quiet"])
 
 
+def test_an_address_of_another_kind_is_refused(home):
+    assert "got an address that is not one of http or https" in failed(["data", "get", "tiny", "--from", "ftp://x/y"])
+
+
 def test_the_catalog_as_text_and_as_json(home, capfd):
     (home / "fsdd").mkdir(parents=True)
     (home / "fsdd" / "README.md").touch()
