@@ -289,7 +289,7 @@ def test_a_partial_file_that_is_too_long_is_thrown_away(home, server):
     assert unpacked(get_dataset("tiny", quiet=True)) == WANTED
 
 
-def child(*line):
+def child(*line, said=subprocess.PIPE):
     "The command in a process of its own, with the small set in its catalog."
     code = """import sys
 from dataclasses import replace
@@ -301,7 +301,7 @@ cli.main(sys.argv[3:])
 """
     here = os.path.dirname(__file__)
     return subprocess.Popen([sys.executable, "-c", code, here, *map(str, line)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"TQDM_DISABLE": "1"})  # fmt: skip
+                            stderr=said, env=os.environ | {"TQDM_DISABLE": "1"})  # fmt: skip
 
 
 def wait_for(condition):
@@ -331,27 +331,17 @@ def test_ctrl_c_leaves_no_folder_and_says_that_the_part_is_kept(home, server):
     assert process.returncode == 130 and "What has arrived is kept" in said and left(home) == []
 
 
-def test_two_processes_download_once(home, server):
+def test_two_processes_download_once(home, server, tmp_path):
     server.go.clear()
-    both = [child(server.url, "data", "get", "tiny") for _ in range(2)]
-    wait_for(lambda: server.asked)
-    said = ""
-    while "Another process" not in said:  # the one that waits says so before the other can end
-        ready = [p for p in both if p.poll() is not None]
-        assert not ready
-        said = "".join(line for line in map(first_lines, both))
-    server.go.set()
-    ends = [process.communicate() for process in both]
+    logs = [tmp_path / "first", tmp_path / "second"]
+    with logs[0].open("w") as first, logs[1].open("w") as second:
+        both = [child(server.url, "data", "get", "tiny", said=log) for log in (first, second)]
+        wait_for(lambda: sum("Another process downloads tiny" in log.read_text() for log in logs) == 1)
+        wait_for(lambda: server.asked)
+        server.go.set()
+        ends = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0] and len(server.asked) == 1
     assert all(f"tiny is in {home / 'tiny'}" in out for out, _ in ends) and unpacked(home / "tiny") == WANTED
-
-
-def first_lines(process):
-    "What a process has printed on standard error so far, without waiting for more."
-    os.set_blocking(process.stderr.fileno(), False)
-    process.said = getattr(process, "said", "") + (process.stderr.read() or "")
-    time.sleep(0.02)
-    return process.said
 
 
 # ---- wrong archives
