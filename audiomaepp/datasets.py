@@ -158,8 +158,6 @@ class Resuming:
                 for block in reply.iter_content(2**16):
                     file.write(block)
                     bar.update(len(block))
-        if total is not None and self.size != total:
-            raise requests.ConnectionError(f"the connection ended after {self.size} of {total} bytes")
 
 # %% ../nbs/datasets.ipynb #da7a0019
 def download(
