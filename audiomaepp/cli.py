@@ -544,7 +544,7 @@ def write_files(
 class Data(Command):
     "List public data sets; data get NAME … downloads them: esc10, esc50, fsdd, speech_commands."
 
-    action: tyro.conf.Positional[Literal["list", "get"]] = "list" # list the catalog, or get data sets
+    action: tyro.conf.Positional[str] = "list" # list the catalog, or get data sets
     names: tyro.conf.Positional[tuple[str, ...]] = () # data sets to get
     to: str | None = None # folder of the data sets; AUDIOMAEPP_DATA or the user's cache folder by default
     source: Annotated[str, tyro.conf.arg(name="from")] = "" # archive on this machine, or its other address
@@ -553,6 +553,8 @@ class Data(Command):
         from audiomaepp.datasets import DATASETS, catalog, find_dataset, get_dataset
         from audiomaepp.tables import text_table
 
+        if self.action not in ("list", "get"):
+            raise ValueError(f"data must be followed by get, got {self.action!r}; use audiomaepp data get esc10")
         known = f"one of {', '.join(DATASETS)}"
         if self.action == "list":
             if self.names or self.source:
@@ -571,7 +573,7 @@ class Data(Command):
         folders = {name: str(get_dataset(name, self.to, self.source, self.quiet)) for name in self.names}
         print(*(f"{name} is in {folder}" for name, folder in folders.items()), sep="\n")
         where = f"AUDIOMAEPP_DATA={shlex.quote(self.to)} " if self.to else ""
-        self.say(f"Next: {where}audiomaepp train --data {name}")
+        self.say(f"Next: {where}audiomaepp train {name}")
         return {"folders": folders}
 
     def after_stop(self) -> str:

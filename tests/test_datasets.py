@@ -488,5 +488,6 @@ def test_get_as_json_and_what_is_misspelled(home, server, capfd):
     assert json.loads(out) == {"folders": {"tiny": str(home / "tiny")}} and "License: CC0" in said
     assert "did you mean tiny?" in failed(["data", "get", "tinny"])
     assert "names must have at least one of esc10" in failed(["data", "get"])
+    assert "data must be followed by get, got 'tiny'" in failed(["data", "tiny"])
     assert "must follow get" in failed(["data", "list", "tiny"])
     assert "names must be one of" in failed(["data", "get", "tiny", "fsdd", "--from", "x.zip"])
