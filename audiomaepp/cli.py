@@ -549,6 +549,46 @@ def write_files(
         comparison.skipped.to_csv(folder / "skipped.csv")
     return [folder / name for name in ("report.html", *reversed(drawn), "table.csv")]
 
+# %% ../nbs/60_cli.ipynb #da7a2002
+@dataclass
+class Data(Command):
+    "List public data sets; data get NAME … downloads them: esc10, esc50, fsdd, speech_commands."
+
+    action: tyro.conf.Positional[str] = "list" # list the catalog, or get data sets
+    names: tyro.conf.Positional[tuple[str, ...]] = () # data sets to get
+    to: str | None = None # folder of the data sets; AUDIOMAEPP_DATA or the user's cache folder by default
+    source: Annotated[str, tyro.conf.arg(name="from")] = "" # archive on this machine, or its other address
+
+    def run(self) -> dict:
+        from audiomaepp.datasets import DATASETS, catalog, find_dataset, get_dataset
+        from audiomaepp.tables import text_table
+
+        if self.action not in ("list", "get"):
+            raise ValueError(f"data must be followed by get, got {self.action!r}; use audiomaepp data get esc10")
+        known = f"one of {', '.join(DATASETS)}"
+        if self.action == "list":
+            if self.names or self.source:
+                raise ValueError("names and --from must follow get, got list; use audiomaepp data get NAME")
+            rows = catalog(self.to)
+            columns = ("name", "about", "clips", "classes", "megabytes", "license", "folder")
+            print(text_table("", [columns, *([row[column] for column in columns] for row in rows)]))
+            self.say("\nNext: audiomaepp data get esc10")
+            return {"datasets": rows}
+        if not self.names:
+            raise ValueError(f"names must have at least {known}, got none; use audiomaepp data get esc10")
+        if self.source and len(self.names) > 1:
+            raise ValueError(f"names must be {known} with --from, got {len(self.names)}; use one command for each")
+        for name in self.names:
+            find_dataset(name)
+        folders = {name: str(get_dataset(name, self.to, self.source, self.quiet)) for name in self.names}
+        print(*(f"{name} is in {folder}" for name, folder in folders.items()), sep="\n")
+        where = f"AUDIOMAEPP_DATA={shlex.quote(self.to)} " if self.to else ""
+        self.say(f"Next: {where}audiomaepp train {name}")
+        return {"folders": folders}
+
+    def after_stop(self) -> str:
+        return "What has arrived is kept; the same command continues, if the server can."
+
 # %% ../nbs/60_cli.ipynb #26dd5ddd
 _PACKAGES = (
     "audiomaepp", "torch", "torchaudio", "numpy", "soundfile", "accelerate", "umap-learn", "scikit-learn", "pandas",
@@ -731,7 +771,8 @@ def _parsed(
 # %% ../nbs/60_cli.ipynb #d2885d52
 _COMMANDS = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "map": Map, "embed": Embed, "search": Search,
-    "finetune": Finetune, "predict": Predict, "lab": Lab, "doctor": Doctor,
+    "finetune": Finetune, "predict": Predict, "lab": Lab, "data": Data,
+    "doctor": Doctor,
 }
 _ABOUT = ("AudioMAE++: see what a loss does to an embedding space. --debug anywhere shows the traceback of an error, "
           "--version the version; audiomaepp COMMAND --help explains a command. A folder of sounds right after the "

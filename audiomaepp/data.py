@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, not_a_file, probe, resample, stream_audio, torch
+from .datasets import DATASETS, get_dataset
 from .files import naming, printable, read_parquet, shown, write_atomic
 from .tables import _text, _with_paths, html_table, paths_of, render, text_table
 
@@ -396,6 +397,23 @@ def _esc50_table(folder: Path):
             return table.rename(columns={"filename": "path", "category": "label"})
     return None
 
+# %% ../nbs/12_data.ipynb #da7a1002
+_LISTS = {"validation_list.txt": "validation", "testing_list.txt": "test"}
+
+
+def _with_lists(table, paths: list[str], folder: Path):
+    "Return a folder's table with the parts that two lists name, as in Speech Commands; unchanged without the lists."
+    if not all((folder / name).is_file() for name in _LISTS):
+        return table
+    parts = {}
+    for name, part in _LISTS.items():
+        with naming(folder / name):
+            parts |= dict.fromkeys((folder / name).read_text(encoding="utf-8").split(), part)
+    names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+    table["split"] = [parts.get(name, "train") for name in names]
+    table["group"] = [printable(os.path.basename(name)).split("_nohash_")[0] for name in names]
+    return table[[not name.startswith("_background_noise_/") for name in names]].reset_index(drop=True)
+
 # %% ../nbs/12_data.ipynb #d8891dbb
 def _from_names(
     paths: list[str],
@@ -415,7 +433,7 @@ def _from_names(
     return [match[min(1, regex.groups)] if match else None for match in found]
 
 # %% ../nbs/12_data.ipynb #b31cebc8
-def _table_of(path: Path, extensions: frozenset[str]):
+def _table_of(path: Path, extensions: frozenset[str], labeled: bool = False):
     "Return the table of a folder or manifest, and (path, reason) of each file that was left out."
     if not path.is_dir():
         if path.suffix.lower() not in (".csv", ".parquet"):
@@ -430,16 +448,16 @@ def _table_of(path: Path, extensions: frozenset[str]):
         broken = f" that can be opened ({skipped[0][0]} {skipped[0][1]})" if skipped else ""
         raise NoRecordings(f"{path} contains no audio file{broken}; use a folder with files that end in "
                            f"{' '.join(sorted(extensions))}", Skipped(skipped))
-    table = _folder_table(paths)
+    table = _with_lists(_folder_table(paths), paths, path)
     only = os.path.commonpath([os.path.dirname(p) for p in paths])
-    if table["label"].isna().all() and only != str(path.absolute()):
+    if not labeled and table["label"].isna().all() and only != str(path.absolute()):
         warnings.warn(f"all recordings of {path} are in one folder, {os.path.relpath(only, path)}, so they have no "
                       "labels; for labels, put each class into a folder of its own", stacklevel=3)
     return table, skipped
 
 # %% ../nbs/12_data.ipynb #62d26a00
 def open_recordings(
-    source: str | os.PathLike | Recordings, # folder, .csv or .parquet table, or "synthetic"
+    source: str | os.PathLike | Recordings, # folder, .csv or .parquet table, "synthetic", or a name in `DATASETS`
     sample_rate: int = 16000, # Hz of the recordings
     label_from: str | None = None, # regular expression that finds the label in a file name
     group_from: str | None = None, # regular expression that finds the group (speaker, site, …) in a file name
@@ -453,10 +471,13 @@ def open_recordings(
 
         return synthesize(sample_rate=sample_rate)
     path = Path(_place(Path(), os.fspath(Path(source).expanduser())))
+    if not path.exists() and source in DATASETS:
+        path, known = get_dataset(source), DATASETS[source]
+        label_from, group_from = label_from or known.label_from, group_from or known.group_from
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; use a folder of sounds, a .csv or .parquet table, or "
-                                '"synthetic"')
-    table, skipped = _table_of(path, frozenset(extensions))
+        raise FileNotFoundError(f"{path} does not exist; use a folder of sounds, a .csv or .parquet table, "
+                                f'"synthetic", or a public data set: {", ".join(DATASETS)}')
+    table, skipped = _table_of(path, frozenset(extensions), labeled=label_from is not None)
     if table.empty:
         reason = "; ".join(f"{p[:200]} {why}" for p, why in skipped[:3])
         raise NoRecordings(f"{path} must list files that exist, got {len(skipped)} that cannot be opened ({reason}); "

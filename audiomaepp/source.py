@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 
 from .config import Config
+from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def need_path(
 class Source:
     "Where the sounds of a run are, and which of them are held out."
 
-    data: str = "synthetic" # folder (of class folders, like ESC-50's, or flat), .csv, .parquet, or "synthetic"
+    data: str = "synthetic" # folder (of class folders, like ESC-50's, or flat), .csv, .parquet, "synthetic", "esc10", …
     fold: str | None = None # hold out this fold
     group: str | None = None # hold out this group (speaker, site, …)
     held_out_rows: str | tuple[int, ...] | None = None # hold out these rows: numbers, or a query: site == 'north'
@@ -59,15 +60,25 @@ class Source:
             raise ValueError(f"only one of fold, group and held_out_rows may be given, got {got}; remove all but one")
         if isinstance(self.held_out_rows, list):
             object.__setattr__(self, "held_out_rows", tuple(self.held_out_rows))
+        if self.public:
+            for name in ("label_from", "group_from"):
+                object.__setattr__(self, name, getattr(self, name) or getattr(DATASETS[self.data], name))
+
+    @property
+    def public(self) -> bool:
+        "Whether the sounds are a public data set, and not a path of that name."
+        return self.data in DATASETS and not os.path.exists(self.data)
 
     def check(self):
         "Raise `FileNotFoundError` if the folder or table does not exist."
-        if self.data != "synthetic":
+        if self.data != "synthetic" and not self.public:
             need_path(self.data, "data must be a folder or a table of recordings")
 
     @property
     def place(self) -> str: # absolute path, or "synthetic"
         "Where the sounds are, independent of the working folder."
+        if self.public:
+            return str(data_home() / self.data)
         return self.data if self.data == "synthetic" else os.path.abspath(self.data)
 
     def find(self, cfg: Config) -> "Recordings":
