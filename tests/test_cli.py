@@ -361,7 +361,7 @@ def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     cli.main(["search", str(clip), "--k", "3"])  # the table of this folder, as `embed` names it
     assert all(row["path"] in capsys.readouterr().out for row in found[:1])
-    assert "is missing" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
+    assert "which is neither" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
 
 
 def test_an_evaluated_run_has_a_model_card(run):
@@ -443,7 +443,7 @@ def test_the_flags_of_a_comparison():
         ("--axis seed=0,1", ["seed", "--seeds"]),
         ("--losses --axis use_uniformity_loss=true,false", ["use_uniformity_loss", "--losses"]),
         ("--preset official_tiny --axis contrastive_weight=0,1", ["contrastive_weight", "--use-contrastive-loss"]),
-        ("--pooling max", ["pooling='max'", "cls+mean"]),
+        ("--pooling max", ["got 'max'", "cls+mean"]),
         ("--seeds 1 1", ["seeds", "different"]),
     ],
 )
