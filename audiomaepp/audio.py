@@ -507,3 +507,20 @@ def windows(
     firsts = torch.arange(n) * hop
     padded = torch.nn.functional.pad(wav, (0, (n - 1) * hop + size - len(wav)))
     return padded.unfold(0, size, hop), (len(wav) - firsts).clamp(max=size)
+
+# %% ../nbs/10_audio.ipynb #c11a0002
+def encode_mp3(
+    wav: torch.Tensor, # (samples,), full scale ±1
+    sample_rate: int, # Hz of `wav`; a rate that MP3 does not have is resampled to the nearest lower one
+    quality: float = 0.5, # from 0, the smallest file, to 1
+) -> bytes:
+    "Return a waveform as an MP3 file, for players in notebooks and pages; what exceeds full scale is clipped."
+    import soundfile
+
+    rates = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+    rate = max((r for r in rates if r <= sample_rate), default=8000)
+    wav, out = resample(wav, sample_rate, rate).clamp(-1, 1), io.BytesIO()
+    wav = torch.nn.functional.pad(wav, (0, max(0, rate // 50 - len(wav)))) # no sample, no file
+    soundfile.write(out, wav.numpy(), rate, format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="AVERAGE",
+                    compression_level=1 - quality)
+    return out.getvalue()

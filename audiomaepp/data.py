@@ -12,20 +12,35 @@ import operator
 import os
 import re
 import warnings
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .audio import AUDIO_EXTENSIONS, AudioError, load_audio, not_a_file, probe, resample, stream_audio, torch
+from audiomaepp.audio import (
+    AUDIO_EXTENSIONS,
+    AudioError,
+    encode_mp3,
+    load_audio,
+    not_a_file,
+    probe,
+    resample,
+    stream_audio,
+    torch,
+)
 from .datasets import DATASETS, get_dataset
+from .features import LogMel
 from .files import naming, printable, read_parquet, shown, write_atomic
 from .tables import _text, _with_paths, html_table, paths_of, render, text_table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # %% auto #0
-__all__ = ['Skipped', 'NoRecordings', 'Recordings', 'open_recordings', 'split', 'drop_unreadable']
+__all__ = ['Skipped', 'NoRecordings', 'Recordings', 'Clip', 'open_recordings', 'split', 'drop_unreadable']
 
 # %% ../nbs/12_data.ipynb #565f3b09
 class Skipped(list):
@@ -91,8 +106,11 @@ class Recordings:
         self.classes = sorted(self.table["label"].dropna().unique(), key=_natural) if classes is None else list(classes)
         self.waves = [None] * len(self.table) if waves is None else list(waves)
 
-    def __len__(self):
-        return len(self.table)
+    def __len__(self): return len(self.table)
+
+    def __getitem__(self, i) -> Clip | Recordings:
+        "Return a clip by its row number, and a set of clips by a slice or by what `select` takes."
+        return _item(self, i)
 
     @property
     def labels(self) -> np.ndarray: # (n,) int64
@@ -125,11 +143,9 @@ class Recordings:
         "Return the same clips at another sample rate."
         return self if sample_rate == self.sample_rate else _at_rate(self, sample_rate)
 
-    def __repr__(self):
-        return f"Recordings({_summary(self)})"
+    def __repr__(self): return f"Recordings({_summary(self)})"
 
-    def _repr_html_(self):
-        return _html_card(self)
+    def _repr_html_(self): return _html_card(self)
 
 # %% ../nbs/12_data.ipynb #9587b6fb
 def _seconds(recordings: Recordings, i: int) -> float:
@@ -277,6 +293,78 @@ def _html_card(recordings: Recordings, most: int = 24) -> str:
         "recordings.html", source=recordings.source or "recordings", summary=_summary(recordings), counts=counts[:most],
         largest=max((n for _, n in counts), default=1), more=max(0, len(counts) - most),
     )
+
+# %% ../nbs/12_data.ipynb #c11b0002
+class Clip:
+    "One recording: its samples, and its row of the table."
+
+    def __init__(
+        self,
+        recordings: Recordings, # set that holds the recording
+        row: int, # number of its row, from 0
+    ):
+        self.row, self.recordings = row, recordings.select([row])
+        self.path, self.sample_rate = self.recordings.paths[0], recordings.sample_rate
+        self.columns = {k: v for k, v in self.recordings.table.iloc[0].items() if _text(v) is not None}
+
+    @property
+    def label(self) -> str | None:
+        "The name of the class, if there is one."
+        return self.columns.get("label")
+
+    @property
+    def seconds(self) -> float:
+        "The duration of the recording."
+        return self.recordings.seconds(0)
+
+    @property
+    def wav(self) -> torch.Tensor: # (samples,) float32
+        "The samples at `sample_rate`; raises `AudioError` if the file cannot be used."
+        return self.recordings.wav(0)
+
+    def plot(self) -> Figure:
+        "Return a figure of the log-mel spectrogram of the first minute."
+        return _clip_figure(self, os.path.basename(self.path))
+
+    def __repr__(self):
+        columns = (f"{name} {_text(value)}" for name, value in self.columns.items() if name not in ("path", "seconds"))
+        return f"Clip({', '.join([os.path.basename(self.path), *columns])})"
+
+    def _repr_html_(self): return _html_clip(self)
+
+
+def _item(recordings: Recordings, i) -> Clip | Recordings:
+    "Return the clip with a row number, which may count from the end, or a set of clips."
+    if not isinstance(i, int | np.integer) or isinstance(i, bool):
+        return recordings.select(np.arange(len(recordings))[i] if isinstance(i, slice) else i)
+    if not -len(recordings) <= i < len(recordings):
+        raise IndexError(f"the row number must be between 0 and {len(recordings) - 1}, got {i}")
+    return Clip(recordings, int(i) % len(recordings))
+
+# %% ../nbs/12_data.ipynb #c11b0005
+def _clip_figure(clip: Clip, title: str) -> Figure:
+    "Return a figure of the log-mel spectrogram of the first minute."
+    from audiomaepp.plots import plot_spectrogram
+
+    wav = clip.recordings.crop(0, 60 * clip.sample_rate)
+    hop = clip.sample_rate // 100
+    frames = max(3, -(-len(wav) // hop))
+    spectrum = LogMel(frames, 64, clip.sample_rate, 4 * hop, 4 * hop, hop, f_max=clip.sample_rate / 2)
+    log_mel = spectrum.log_spectrum(wav[None], torch.tensor([len(wav)]))[0]
+    return plot_spectrogram(log_mel.maximum(log_mel.max() - 18), title, hop / clip.sample_rate)
+
+
+def _html_clip(clip: Clip) -> str:
+    "Return a player, the spectrogram and the columns of a clip as HTML, or the reason why it cannot be played."
+    try:
+        wav = clip.recordings.crop(0, 10 * clip.sample_rate)
+        files = encode_mp3(wav, clip.sample_rate), _clip_figure(clip, "")._repr_png_()
+        sound, picture = (b64encode(file).decode() for file in files)
+        shown = dict(sound=sound, picture=picture, cut=clip.seconds > 10, seconds=clip.seconds)
+    except AudioError as error:
+        shown = dict(problem=error.reason)
+    columns = {name: _text(value) for name, value in clip.columns.items() if name != "path"}
+    return render("clip.html", file=os.path.basename(clip.path), row=clip.row, columns=columns, **shown)
 
 # %% ../nbs/12_data.ipynb #ee41a580
 def _walk(folder: Path, extensions: frozenset[str]) -> tuple[list[str], list[tuple[str, str]]]:

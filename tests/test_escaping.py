@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 import audiomaepp
 from audiomaepp import Run, lab
 from audiomaepp.config import Config
-from audiomaepp.data import Recordings, Skipped, split
+from audiomaepp.data import Clip, Recordings, Skipped, split
 from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.evaluate import Report
 from audiomaepp.maps import save_html_map
@@ -94,6 +95,15 @@ def report(text, folder):
 def recordings(text, folder):
     table = pd.DataFrame({"path": [text, "b"], "label": [text, "b"], "fold": [text, "b"]}, dtype=object)
     return Recordings(table, source=text)._repr_html_()
+
+
+def clip(text, folder):
+    table = pd.DataFrame({"path": [text], "label": [text], text: [text]}, dtype=object)
+    return Recordings(table, waves=[torch.zeros(16000)])[0]._repr_html_()
+
+
+def unreadable_clip(text, folder):
+    return Recordings(pd.DataFrame({"path": [f"{folder}/{text}"], "label": [text]}, dtype=object))[0]._repr_html_()
 
 
 def parts(text, folder):
@@ -173,8 +183,8 @@ def card_of(text, folder):
     return (folder / "README.md").read_text("utf-8")
 
 
-PAGES = [config, history, report, recordings, parts, skipped, hits, comparison, shift, a_run, lab_report, html_map,
-         model_card]  # fmt: skip
+PAGES = [config, history, report, recordings, clip, unreadable_clip, parts, skipped, hits, comparison, shift, a_run,
+         lab_report, html_map, model_card]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +219,7 @@ def test_every_class_that_shows_itself_as_html_is_tried():
                if m.name != "__main__"]  # fmt: skip
     classes = {cls for module in modules for name, cls in inspect.getmembers(module, inspect.isclass)
                if cls.__module__ == module.__name__ and name[0] != "_" and hasattr(cls, "_repr_html_")}  # fmt: skip
-    tried = {Config, History, Report, Recordings, Skipped, Hits, Run, lab.Comparison, Shift}
+    tried = {Config, History, Report, Recordings, Clip, Skipped, Hits, Run, lab.Comparison, Shift}
     assert classes - {AudioMAEEmbedder, Figures} == tried  # scikit-learn shows the first; the other is pictures alone
 
 
