@@ -411,6 +411,15 @@ def embed_table(
     return table
 
 # %% ../nbs/20_embed.ipynb #20e0001a
+def _generator_line(generator: "EmbeddingGenerator") -> str:
+    "Return one line: the model, its windows, and the width of the vectors."
+    cfg, hop = generator.cfg, generator.hop / generator.cfg.sample_rate
+    place = f"{generator.place}: " if generator.place else ""
+    overlap = "" if hop == cfg.clip_seconds else f" every {hop:g} s"
+    return (f"{place}windows of {cfg.clip_seconds:g} s{overlap} at {cfg.sample_rate} Hz, "
+            f"{cfg.embedding_dim} numbers by {cfg.pooling_mode}, on {generator.device}")
+
+
 def open_model(
     model_or_path: AudioMAEPlusPlus | str | os.PathLike, # a model, a folder with one, or a repository of the Hub
 ) -> tuple[AudioMAEPlusPlus, str]: # the model; its folder or repository, "" for a model in memory
@@ -461,6 +470,8 @@ class EmbeddingGenerator:
         self.encoder, self.cfg = WindowEncoder(self.model, device), self.model.cfg
         self.device, self.batch_size, self.hop = self.encoder.device, batch_size, hop_samples(hop_seconds, self.cfg)
 
+    def __repr__(self): return f"EmbeddingGenerator({_generator_line(self)})"
+
     def extract_embedding(
         self,
         audio, # path, file object, bytes, samples as array or tensor; or a list of these
@@ -491,8 +502,8 @@ class EmbeddingGenerator:
         "Embed the recordings that can be decoded."
         sounds, skipped = recordings.at_rate(self.cfg.sample_rate), Skipped()
         stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode)
-        pieces = decode_ahead(sounds, range(len(sounds)), quiet=quiet)
-        return *embed_each(stream, pieces, skipping(skipped, sounds)), skipped
+        decoded = decode_ahead(sounds, range(len(sounds)), quiet=quiet)
+        return *embed_each(stream, decoded, skipping(skipped, sounds)), skipped
 
     def embed_folder(
         self,
@@ -507,8 +518,7 @@ class EmbeddingGenerator:
     ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs` has skipped (path, reason) and new
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
 
-        Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal.
-        """
+        Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal."""
         stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode, windows)
         with only_writer(out, folder=False) if out is not None else nullcontext():
             sounds = open_recordings(folder, self.cfg.sample_rate)

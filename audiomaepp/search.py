@@ -7,6 +7,7 @@ __all__ = ['Hits', 'SoundIndex', 'search']
 
 # %% ../nbs/22_search.ipynb #24aa0004
 import os
+from base64 import b64encode
 from functools import cached_property
 
 import numpy as np
@@ -28,12 +29,11 @@ def _player(
     start: float = 0.0, # seconds into the file
 ) -> str:
     "Return a player for two seconds of a file as HTML, or the reason why it cannot be played."
-    from IPython.display import Audio
-
-    from audiomaepp.audio import AudioError, load_audio
+    from audiomaepp.audio import AudioError, encode_mp3, load_audio
 
     try:
-        return Audio(load_audio(path, 8000, start=start, seconds=2.0).numpy(), rate=8000)._repr_html_()
+        sound = b64encode(encode_mp3(load_audio(path, start=start, seconds=2.0), 16000)).decode()
+        return f'<audio controls preload="none" src="data:audio/mpeg;base64,{sound}"></audio>'
     except AudioError as error:
         return f"<small>{escape(error.reason)}</small>"
 
@@ -147,6 +147,14 @@ def _neighbor_graph(keys: np.ndarray): # pynndescent.NNDescent
     return graph
 
 
+def _index_line(index: "SoundIndex") -> str:
+    "Return one line: rows, width, classes and the model of an index."
+    rows, width = index.x.shape
+    labels = index.table["label"].nunique() if "label" in index.table else 0
+    parts = [f"{rows} rows of {width} numbers", f"{labels} classes" if labels else "no labels"]
+    return ", ".join([*parts, f"model {place}" if (place := index.notes.get("place")) else "no model named"])
+
+
 def _nearest(
     keys: np.ndarray, # (n, D) directions of the rows
     key: np.ndarray, # (D,) direction of the query
@@ -181,8 +189,9 @@ class SoundIndex:
         self.model = None if model is None else _maker(model, self.notes, self.name)
         self.keys = _directions(standardize(self.x)[0])
 
-    def __len__(self):
-        return len(self.x)
+    def __len__(self): return len(self.x)
+
+    def __repr__(self): return f"SoundIndex({_index_line(self)})"
 
     @cached_property
     def _graph(self): # built at the first search

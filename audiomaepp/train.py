@@ -195,6 +195,8 @@ class _Engine:
         cfg: Config, # seed, optimizer, precision
         model: nn.Module | None = None, # model to train; `AudioMAEPlusPlus` with weights from the seed if None
     ):
+        if not isinstance(cfg, Config):
+            raise TypeError(f"Trainer takes the config first, got {type(cfg).__name__}; use Trainer(cfg, model)")
         self.cfg, self.processes = cfg, _Processes()
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         torch.manual_seed(cfg.seed)
