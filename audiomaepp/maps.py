@@ -20,10 +20,10 @@ from .evaluate import standardize
 from .files import write_atomic
 from audiomaepp.plots import (
     COLORS,
-    MARKERS,
     UNLABELED,
     add_below,
     as_array,
+    class_style,
     clips_title,
     new_figure,
     text_style,
@@ -359,10 +359,10 @@ def _scatter(
         return [], ax.scatter(*xy[known].T, c=values[known], cmap="viridis", **style)
     codes, names = _classes(values, names)
     gray = ax.scatter(*xy[codes < 0].T, c=UNLABELED if names else COLORS[0], label="unlabeled", **style)
-    handles = [
-        ax.scatter(*xy[codes == i].T, c=COLORS[i % 12], marker=MARKERS[i // 12 % 5], label=name, **style)
-        for i, name in enumerate(names)
-    ]
+    handles = []
+    for i, name in enumerate(names):
+        color, marker = class_style(i)
+        handles.append(ax.scatter(*xy[codes == i].T, c=color, marker=marker, label=name, **style))
     return handles + [gray] * bool(names and (codes < 0).any()), None
 
 # %% ../nbs/31_maps.ipynb #3e767c87
@@ -529,13 +529,15 @@ def plot_shift(
     fig = plot_map(after, labels, title, caption, held_out=held_out, names=names, size=size)
     (ax,) = fig.axes
     codes = np.full(len(after), 0) if labels is None else _classes(as_array(labels), names)[0]
-    colors = np.array([*COLORS, UNLABELED])[np.where(codes < 0, 12, codes % 12)][far]
+    styles = [class_style(code) for code in codes[far]]
+    colors = [color for color, _ in styles]
     for points in ax.collections: # pale but opaque, so that a dense group looks like its single points
         points.set_facecolor(0.65 + 0.35 * points.get_facecolor()[:, :3])
     ends = np.stack([before[far], after[far]], 1)
     ax.add_collection(LineCollection(ends, colors=colors, linewidths=0.9, alpha=0.8, zorder=2))
     ax.scatter(*before[far].T, s=6, facecolors="white", edgecolors=colors, linewidths=0.7, zorder=3)
-    ax.scatter(*after[far].T, s=22, c=colors, edgecolors="white", linewidths=0.5, zorder=4)
+    for (color, marker), xy in zip(styles, after[far], strict=True):
+        ax.scatter(*xy, s=22, c=color, marker=marker, edgecolors="white", linewidths=0.5, zorder=4)
     return fig
 
 # %% ../nbs/31_maps.ipynb #8a791883
@@ -574,7 +576,7 @@ def _traces(
                 trace(known, color=values[known].tolist(), **bar) | dict(showlegend=False)]
     codes, names = _classes(values, names)
     symbols = ("circle", "triangle-up", "square", "diamond", "triangle-down")
-    classes = [trace(codes == i, color=COLORS[i % 12], symbol=symbols[i // 12 % 5]) | dict(name=escape(n))
+    classes = [trace(codes == i, color=class_style(i)[0], symbol=symbols[i % 5]) | dict(name=escape(n))
                for i, n in enumerate(names)]
     return ([trace(codes < 0, color=UNLABELED) | dict(name="unlabeled")] if (codes < 0).any() else []) + classes
 

@@ -80,11 +80,18 @@ def clips_title(
 
 # %% ../nbs/30_plots.ipynb #ae1f8a43
 COLORS = (
-    "#0044BB", "#FFAA33", "#449966", "#CC5511", "#77CCFF", "#660066",
-    "#AADD88", "#9988FF", "#771100", "#DDBBBB", "#444444", "#996699",
+    "#4433BB", "#990000", "#EEAA00", "#22CC99", "#773355", "#CC99FF",
+    "#BB66AA", "#227744", "#663388", "#88BB66", "#DD5511", "#7777FF",
 )
 MARKERS = ("o", "^", "s", "D", "v")
-UNLABELED = "#CCCCCC"
+UNLABELED = "#9AA0A6"
+
+
+def class_style(
+    code: int, # number of the class, 0, 1, …; negative = unlabeled
+) -> tuple[str, str]: # color and marker, as matplotlib names them
+    "Return the color and the marker of a class, the same in every picture."
+    return (UNLABELED, "o") if code < 0 else (COLORS[code % 12], MARKERS[code % 5])
 
 # %% ../nbs/30_plots.ipynb #7a1c0f0e
 def add_below(
@@ -410,7 +417,7 @@ def _curve_grid(
             ax.set_visible(False)
             continue
         name = rows[i][j]
-        default = COLORS[3 if _is_score(name) else 0]
+        default = COLORS[1 if _is_score(name) else 0]
         _draw_curves(ax, name, [(color or default, runs) for color, runs in curves[name]], clips)
         lowest = i + 1 == len(rows) or j >= len(rows[i + 1])
         ax.xaxis.set_tick_params(labelbottom=lowest)

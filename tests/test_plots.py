@@ -20,6 +20,7 @@ from audiomaepp.maps import (
     umap_2d,
 )
 from audiomaepp.plots import (
+    class_style,
     plot_confusion,
     plot_histories,
     plot_history,
@@ -203,6 +204,23 @@ def test_a_class_has_one_color_on_the_map_and_on_the_page(tmp_path):
     assert [t["name"] for t in traces if t["x"]] == ["unlabeled", "2", "10", "11"]
     with pytest.raises(ValueError, match="'12'"):
         save_html_map(xy, {"label": ["12"] * 5}, tmp_path / "m.html", held_out="x", names=classes)
+
+
+def test_a_class_has_one_color_and_one_shape_in_every_picture():
+    "Maps and shifts; a reader who cannot tell two colors apart still has the shape."
+    from matplotlib.colors import to_hex
+    from matplotlib.markers import MarkerStyle
+
+    def styles(artists): # color and outline of the marker
+        return {(to_hex(a.get_facecolor()[0]).upper(), len(a.get_paths()[0].vertices)) for a in artists}
+
+    codes, xy = np.arange(12), np.random.default_rng(0).normal(size=(12, 2))
+    expected = {(color, len(MarkerStyle(marker).get_path().vertices)) for color, marker in map(class_style, codes)}
+    on_map = [c for c in plot_map(xy, codes, held_out="x").axes[0].collections if len(c.get_offsets())]
+    assert styles(on_map) == expected and len(expected) == 12
+    shift = plot_shift(xy, xy + 1, codes, held_out="x").axes[0].collections
+    assert styles(c for c in shift if c.get_zorder() == 4) == expected
+    assert len({class_style(i) for i in range(60)}) == 60 and class_style(0)[1] != class_style(1)[1]
 
 
 CLASSES = np.arange(120) % 4
