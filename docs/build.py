@@ -147,14 +147,78 @@ def joined(outs):
     return whole
 
 
+def parts_of(cell):
+    """The directives of a cell, {name: value}, and its source without them."""
+    source = cell.get("source") or ""
+    directives = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$", source, re.M))
+    return directives, re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+
+
+def defined(code):
+    """What exported code defines at its top level, {name: first line of its docstring}; imports define nothing."""
+    names = {}
+    for node in ast.parse(code).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] = (ast.get_docstring(node) or "").split("\n")[0]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id: "" for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+def folded(summary, text, kind):
+    """Markdown behind a line that opens it."""
+    return f'<details class="{kind}" markdown>\n<summary markdown="span">{summary}</summary>\n\n{text}\n\n</details>'
+
+
+def source_fold(cell, boxed):
+    """The source of an exported cell, folded; names without a box of their own are listed on the fold."""
+    code = parts_of(cell)[1]
+    names = defined(code)
+    rest = {name: doc for name, doc in names.items() if name not in boxed}
+    if not names:
+        return ""
+    told = [f"`{name}`: {doc}" for name, doc in rest.items() if doc] or [", ".join(f"`{name}`" for name in rest)]
+    summary = "Source" if len(rest) < len(names) else "<br>".join(told)
+    anchors = [f'<div id="{name.lower()}" markdown></div>' for name in rest]
+    link = [f'[source]({cell.url}){{ .source target="_blank" }}'] if rest and cell.url else []
+    return folded(summary, "\n\n".join([*anchors, *link, block(code, "python")]), "code")
+
+
+def with_sources(cells, written, urls):
+    """The cells of a page, and in their places the exported ones of the notebook as `written`, as folds."""
+    exported, place = [], {cell.id: i for i, cell in enumerate(written)}
+    for i, cell in enumerate(written):
+        if cell.cell_type == "code" and {"export", "exporti"} & parts_of(cell)[0].keys():
+            cell.update(cell_type="export", url=urls.get(cell.id))
+            exported.append((i, cell))
+            place |= dict.fromkeys(defined(parts_of(cell)[1]), i)
+    placed, last = [], -1
+    for cell in cells:
+        shown = re.search(r"^show_doc\((\w+)\)", cell.source, re.M)
+        last = place.get(cell.id, place.get(shown and shown[1], last))
+        placed.append((last, cell))
+    return [cell for _, cell in sorted(placed + exported, key=lambda pair: pair[0])]
+
+
+def source_urls(path, git_url, branch):
+    """Where the cells of a module stand on the web, {cell id: address}."""
+    lines = path.read_text(encoding="utf-8").splitlines() if git_url and path.exists() else []
+    marks = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"# %% .*#([\w-]+)$", line))}
+    base = f"{git_url}/blob/{branch}/{path.parent.name}/{path.name}"
+    return {mark: f"{base}#L{i + 2}" for mark, i in marks.items()}
+
+
 def page(nb, picture, module=None):
     """A notebook as Markdown: prose, what the reader should see of the code of `module`, what came out."""
     parts = []
+    boxed = {m[1] for cell in nb.cells if (m := re.search(r"^show_doc\((\w+)\)", cell.source or "", re.M))}
     for cell in nb.cells:
         source = cell.get("source") or ""
-        directives = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$", source, re.M))
-        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if cell.cell_type == "raw" and source.startswith("---"):
+        directives, code = parts_of(cell)
+        if cell.cell_type == "export":
+            parts += [fold] if (fold := source_fold(cell, boxed)) else []
+        elif cell.cell_type == "raw" and source.startswith("---"):
             front = yaml.safe_load(source.strip().strip("-"))
             parts.append(f"# {front['title']}")
             parts += [f"{front['description']}\n{{: .subtitle }}"] if "description" in front else []
@@ -211,14 +275,22 @@ def write_pages(processed, docs):
             pictures[-1].write_bytes(data)
             return f"![]({pictures[-1].name})"
 
-        texts[to] = mathml(page(read_nb(book), picture, module_of(to)))
+        nb, written, config = read_nb(book), read_nb(NBS / book.relative_to(processed)), get_config()
+        urls = source_urls(config.lib_path / f"{to.stem}.py", config.git_url, config.branch)
+        nb.cells = with_sources(nb.cells, written.cells, urls)
+        texts[to] = mathml(page(nb, picture, module_of(to)))
     for name in PAGES:
         texts[Path(name)] = (ROOT / name).read_text(encoding="utf-8")
     known = {to.with_suffix(suffix).name: to for to in texts for suffix in (".html", ".md")}
     known |= {book.name: to for book, to in pages.items()}
-    anchors = {to: set(re.findall(r"\{ #([\w.]+) \}", text)) for to, text in texts.items()}
+    anchors = {to: set(re.findall(r"(?:\{ #|<div id=\")([\w.]+)", text)) for to, text in texts.items()}
     package = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
     exported = {name.rpartition(".")[2].lower() for names in package.values() for name in names}
+    for module, names in package.items():
+        to = known[f"{module.rpartition('.')[2]}.html"]
+        top = {name.removeprefix(f"{module}.") for name in names}
+        if absent := [name for name in top if "." not in name and name.lower() not in anchors[to]]:
+            raise SystemExit(f"{to} must show every exported name, got no {', '.join(absent)}; define it at top level")
     for to, text in texts.items():
 
         def link(m, to=to):
@@ -228,7 +300,7 @@ def write_pages(processed, docs):
             if anchor and "." in anchor and anchor not in anchors[target]:
                 anchor = anchor.split(".")[0]  # a method without a box of its own: its class
             if anchor in exported - anchors[target]:
-                anchor = ""  # exported for other chapters, so it has no box of its own: its page
+                anchor = ""  # a method that a class has from elsewhere: its page
             return f"]({os.path.relpath(target, to.parent)}{anchor and '#' + anchor})"
 
         text = re.sub(r"\]\(([\w./-]+\.(?:html|ipynb|md))(?:#([\w.-]*))?\)", link, text)
