@@ -84,6 +84,7 @@ def project(tmp_path_factory):
         mk_cell("First helpers.", "markdown"), mk_cell(HELPER), mk_cell("Then the rest.", "markdown"),
         mk_cell("#| export\nimport math"), mk_cell(PUBLIC), mk_cell("assert quarter(4) == 1\nassert quarter(0) == 0"),
         mk_cell(long_line + "\nassert eighth"), mk_cell("#| export\n_LIMIT = 3 # largest number"),
+        mk_cell("#| exporti\ndef _at_most(x): return x"),
         figure('#| fig-alt: A line that "rises"\nplot()'), figure('ax.set(title="Two lines")'), table("wide()"),
     ])  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -143,6 +144,7 @@ def test_the_reference_has_every_name_the_public_ones_first(project):
     assert "halve" not in page.open and "Return half of a number." in page.closed and "largest number" in page.closed
     for name in ("quarter", "halve", "_limit"):
         assert f'href="numbers.html#{name}"' in html
+    assert "_at_most" in page.closed, "underscores of a name are not markup"
 
 
 def test_figures_have_a_text(chapter):
@@ -177,7 +179,7 @@ def test_a_page_that_needs_the_web_or_hides_a_picture_is_refused(tmp_path, build
 @pytest.mark.parametrize("html", [
     '<a href="https://example.org">a link</a>', '<script src="../assets/x.js"></script>', "<p>src='https://x'</p>",
     '<link rel="canonical" href="https://example.org/a.html">', '<img src="a.png" alt="a dog">',
-    '<audio><source src="data:audio/wav;base64,AA"></audio>',
+    '<audio><source src="data:audio/wav;base64,AA"></audio>', "<script>f(`<img src=${x}>`)</script>",
 ])  # fmt: skip
 def test_a_page_that_stands_alone_is_accepted(tmp_path, builder, html):
     (tmp_path / "a.html").write_text(html)
