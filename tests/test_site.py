@@ -188,7 +188,7 @@ def test_a_page_that_stands_alone_is_accepted(tmp_path, builder, html):
 
 @pytest.mark.slow
 def test_the_build_stops_at_a_figure_without_a_text(tmp_path):
-    done = build(tmp_path, [figure("plot()")])
+    done = build(tmp_path, [mk_cell(HELPER), figure("plot()")])
     assert done.returncode == 1 and "numbers-1.png" in done.stdout and "add `#| fig-alt:`" in done.stdout
 
 
