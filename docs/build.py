@@ -24,8 +24,9 @@ import yaml
 from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
+PACKAGE = get_config(ROOT).lib_path.name
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")  # beside the notebooks
 FLOORS = ("The method", "Sound in", "Vectors out", "Pictures", "The lab", "Reach", "Shell")  # by first digit
 
@@ -102,7 +103,7 @@ def signature(code):
             parameter = re.sub(r"^(\w+):(?=\S)([^=]*[^= ])=?", r"\1: \2 = ", parameter).removesuffix(" = ")
             lines.append(f"    {parameter},")
         lines[-1] += hash_ + comment
-    text = re.sub(rf"\b(__main__|collections\.abc|{get_config().lib_path.name}\.\w+)\.(?=[A-Z])", "", "\n".join(lines))
+    text = re.sub(rf"\b(__main__|collections\.abc|{PACKAGE}\.\w+)\.(?=[A-Z])", "", "\n".join(lines))
     text = re.sub(r"\btorch\.nn\.modules\.\w+\.", "nn.", text)
     return re.sub(r"frozenset\(\{.*\}\)", "frozenset({…})", text)  # a set has no order to show
 
@@ -223,16 +224,21 @@ def with_sources(cells, written, urls):
     return [cell for _, cell in sorted(placed + exported, key=lambda pair: pair[0])]
 
 
-def source_urls(path, git_url, branch):
-    """Where the cells of a module stand on the web, {cell id: address}."""
-    lines = path.read_text(encoding="utf-8").splitlines() if git_url and path.exists() else []
+def on_web(path):
+    """The address of a file of the project, or nothing for a project without one."""
+    config = get_config()
+    return f"{config.git_url}/blob/{config.branch}/{path.relative_to(ROOT).as_posix()}" if config.git_url else ""
+
+
+def source_urls(path):
+    """The addresses of the cells of a module, {cell id: address}."""
+    lines = path.read_text(encoding="utf-8").splitlines() if on_web(path) and path.exists() else []
     marks = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"# %% .*#([\w-]+)$", line))}
-    base = f"{git_url}/blob/{branch}/{path.parent.name}/{path.name}"
-    return {mark: f"{base}#L{i + 2}" for mark, i in marks.items()}
+    return {mark: f"{on_web(path)}#L{i + 2}" for mark, i in marks.items()}
 
 
-def page(nb, picture, module=None, sources=""):
-    """A notebook as Markdown: prose, `sources` below the title, what of the code is to be seen, what came out."""
+def page(nb, picture, module=None, sources=()):
+    """A notebook as Markdown: prose, links to `sources` below the title, the code to be seen, what came out."""
     parts = []
     boxed = {m[1] for cell in nb.cells if (m := re.search(r"^show_doc\((\w+)\)", cell.source or "", re.M))}
     for cell in nb.cells:
@@ -244,7 +250,7 @@ def page(nb, picture, module=None, sources=""):
             front = yaml.safe_load(source.strip().strip("-"))
             parts.append(f"# {front['title']}")
             parts += [f"{front['description']}\n{{: .subtitle }}"] if "description" in front else []
-            parts += [sources] if sources else []
+            parts += [f"Source: {' · '.join(sources)}\n{{: .sources }}"] if sources else []
         elif cell.cell_type == "markdown" and not source.startswith("<!-- WARNING"):
             parts.append(source)
         elif cell.cell_type == "code" and code and not {"hide", "default_exp"} & directives.keys():
@@ -283,18 +289,17 @@ def mathml(text):
 
 def exports(module):
     """The full names of what a module exports, its methods too."""
-    return import_module(f"{get_config().lib_path.name}._modidx").d["syms"].get(module.__name__, {})
+    return import_module(f"{PACKAGE}._modidx").d["syms"].get(module.__name__, {})
 
 
 def module_of(to):
     """The module that a page is about, None for one without."""
-    package = get_config().lib_path.name
-    return import_module(f"{package}.{to.stem}") if (get_config().lib_path / f"{to.stem}.py").exists() else None
+    return import_module(f"{PACKAGE}.{to.stem}") if (ROOT / PACKAGE / f"{to.stem}.py").exists() else None
 
 
 def reference(modules):
     """The page of all names: of `modules`, {page: {name: what it does}}, the public ones before the helpers."""
-    package = import_module(get_config().lib_path.name)
+    package = import_module(PACKAGE)
 
     def row(to, name, doc):
         module = module_of(to)
@@ -337,20 +342,11 @@ def navigation(pages, titles):
     ]
 
 
-def links(to, book):
-    """Where the notebook of a page and its module stand on the web."""
-    config, module = get_config(), get_config().lib_path / f"{to.stem}.py"
-    paths = [NBS / book, *([module] if module.exists() else [])]
-    base = f"{config.git_url}/blob/{config.branch}"
-    shown = [f"[{path.name}]({base}/{path.relative_to(ROOT).as_posix()})" for path in paths]
-    return f"Source: {' · '.join(shown)}\n{{: .sources }}" if config.git_url else ""
-
-
 def write_pages(processed, docs):
     """Turn nbdev's processed notebooks into the pages of `docs`; return the navigation."""
     books = sorted(processed.rglob("*.ipynb"), key=lambda p: (p.stem != "index", len(p.parts), p))
     pages = {book: nbpath2html(book.relative_to(processed)).with_suffix(".md") for book in books}
-    texts, modules, config = {}, {}, get_config()
+    texts, modules = {}, {}
     for book, to in pages.items():
         (docs / to).parent.mkdir(parents=True, exist_ok=True)
         pictures = []
@@ -360,10 +356,10 @@ def write_pages(processed, docs):
             pictures[-1].write_bytes(data)
             return f'<img src="{pictures[-1].name}" alt="{escape(alt)}">'
 
-        nb, written = read_nb(book), read_nb(NBS / book.relative_to(processed))
-        urls = source_urls(config.lib_path / f"{to.stem}.py", config.git_url, config.branch)
-        nb.cells = with_sources(nb.cells, written.cells, urls)
-        texts[to] = mathml(page(nb, picture, module_of(to), links(to, book.relative_to(processed))))
+        nb, source, module = read_nb(book), NBS / book.relative_to(processed), ROOT / PACKAGE / f"{to.stem}.py"
+        nb.cells = with_sources(nb.cells, read_nb(source).cells, source_urls(module))
+        sources = [f"[{path.name}]({on_web(path)})" for path in (source, module) if on_web(path) and path.exists()]
+        texts[to] = mathml(page(nb, picture, module_of(to), sources))
         if module_of(to):
             exported = [parts_of(cell)[1] for cell in nb.cells if cell.cell_type == "export"]
             modules[to] = {name: doc for code in exported for name, doc in defined(code).items()}
