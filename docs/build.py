@@ -13,7 +13,10 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import tomllib
 from base64 import b64decode
+from functools import partial
+from html import escape
 from importlib import import_module
 from pathlib import Path
 
@@ -21,9 +24,11 @@ import yaml
 from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
+PACKAGE = get_config(ROOT).lib_path.name
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")  # beside the notebooks
+FLOORS = ("The method", "Sound in", "Vectors out", "Pictures", "The lab", "Reach", "Shell")  # by first digit
 
 
 def block(text, lang="text"):
@@ -98,7 +103,7 @@ def signature(code):
             parameter = re.sub(r"^(\w+):(?=\S)([^=]*[^= ])=?", r"\1: \2 = ", parameter).removesuffix(" = ")
             lines.append(f"    {parameter},")
         lines[-1] += hash_ + comment
-    text = re.sub(rf"\b(__main__|collections\.abc|{get_config().lib_path.name}\.\w+)\.(?=[A-Z])", "", "\n".join(lines))
+    text = re.sub(rf"\b(__main__|collections\.abc|{PACKAGE}\.\w+)\.(?=[A-Z])", "", "\n".join(lines))
     text = re.sub(r"\btorch\.nn\.modules\.\w+\.", "nn.", text)
     return re.sub(r"frozenset\(\{.*\}\)", "frozenset({…})", text)  # a set has no order to show
 
@@ -118,6 +123,14 @@ def documented(text, shown=None):
         tables = "\n\n".join([*(fields(shown) if told else []), *methods(shown)])
         text = f'{text}\n\n<div class="members" markdown>\n\n{tables}\n\n</div>'
     return f'<div class="doc" markdown>\n\n{text.strip()}\n\n</div>'
+
+
+def alternative(directives, code):
+    """What a figure shows, in words: `#| fig-alt:`, or the title that its code gives it."""
+    if text := directives.get("fig-alt"):
+        return str(yaml.safe_load(text)) if text[0] in "\"'" else text
+    titles = re.findall(r"""(?:\btitle=|\b(?:set_title|suptitle)\()(["'])(.+?)\1""", code)
+    return "; ".join(dict.fromkeys(title for _, title in titles))
 
 
 def output(out, picture):
@@ -147,17 +160,97 @@ def joined(outs):
     return whole
 
 
-def page(nb, picture, module=None):
-    """A notebook as Markdown: prose, what the reader should see of the code of `module`, what came out."""
+def parts_of(cell):
+    """The directives of a cell, {name: value}, and its source without them."""
+    source = cell.get("source") or ""
+    directives = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$", source, re.M))
+    return directives, re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+
+
+def defined(code):
+    """What exported code defines at its top level, {name: first line of its docstring, or its comment}; no imports."""
+    names, lines = {}, code.encode().splitlines()  # ast counts columns in bytes
+    for node in ast.parse(code).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] = (ast.get_docstring(node) or "").split("\n")[0]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            comment = lines[node.end_lineno - 1][node.end_col_offset :].decode().strip(" #")
+            names |= {name.id: comment for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+def folded(summary, text, kind):
+    """Markdown behind a line that opens it; the search looks at the line only."""
+    opening = f'<details class="{kind}" markdown>\n<summary markdown="span">{summary}</summary>'
+    return f"{opening}\n<section data-search-exclude markdown>\n\n{text}\n\n</section>\n</details>"
+
+
+def is_test(node):
+    """Whether a statement only checks something."""
+    if isinstance(node, (ast.For, ast.With)):
+        return all(map(is_test, node.body))
+    call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func)
+    return isinstance(node, ast.Assert) or bool(call) and call.startswith("test_")
+
+
+def source_fold(cell, boxed):
+    """The source of an exported cell, folded; names without a box of their own are listed on the fold."""
+    code = parts_of(cell)[1]
+    names = defined(code)
+    rest = {name: doc for name, doc in names.items() if name not in boxed}
+    if not names:
+        return ""
+    told = [f"`{name}`: {doc}" for name, doc in rest.items() if doc] or [", ".join(f"`{name}`" for name in rest)]
+    summary = "Source" if len(rest) < len(names) else "<br>".join(told)
+    anchors = [f'<div id="{name.lower()}" markdown></div>' for name in rest]  # a link to one opens the fold
+    link = [f'[source]({cell.url}){{ .source target="_blank" }}'] if rest and cell.url else []
+    return folded(summary, "\n\n".join([*anchors, *link, block(code, "python")]), "code")
+
+
+def with_sources(cells, written, urls):
+    """The cells of a page, and in their places the exported ones of the notebook as `written`, as folds."""
+    exported, place = [], {cell.id: i for i, cell in enumerate(written)}
+    for i, cell in enumerate(written):
+        if cell.cell_type == "code" and {"export", "exporti"} & parts_of(cell)[0].keys():
+            cell.update(cell_type="export", url=urls.get(cell.id))
+            exported.append((i, cell))
+            place |= dict.fromkeys(defined(parts_of(cell)[1]), i)
+    placed, last = [], -1
+    for cell in cells:
+        shown = re.search(r"^show_doc\((\w+)\)", cell.source, re.M)
+        last = place.get(cell.id, place.get(shown and shown[1], last))
+        placed.append((last, cell))
+    return [cell for _, cell in sorted(placed + exported, key=lambda pair: pair[0])]
+
+
+def on_web(path):
+    """The address of a file of the project, or nothing for a project without one."""
+    config = get_config()
+    return f"{config.git_url}/blob/{config.branch}/{path.relative_to(ROOT).as_posix()}" if config.git_url else ""
+
+
+def source_urls(path):
+    """The addresses of the cells of a module, {cell id: address}."""
+    lines = path.read_text(encoding="utf-8").splitlines() if on_web(path) and path.exists() else []
+    marks = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"# %% .*#([\w-]+)$", line))}
+    return {mark: f"{on_web(path)}#L{i + 2}" for mark, i in marks.items()}
+
+
+def page(nb, picture, module=None, sources=()):
+    """A notebook as Markdown: prose, links to `sources` below the title, the code to be seen, what came out."""
     parts = []
+    boxed = {m[1] for cell in nb.cells if (m := re.search(r"^show_doc\((\w+)\)", cell.source or "", re.M))}
     for cell in nb.cells:
         source = cell.get("source") or ""
-        directives = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$", source, re.M))
-        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if cell.cell_type == "raw" and source.startswith("---"):
+        directives, code = parts_of(cell)
+        if cell.cell_type == "export":
+            parts += [fold] if (fold := source_fold(cell, boxed)) else []
+        elif cell.cell_type == "raw" and source.startswith("---"):
             front = yaml.safe_load(source.strip().strip("-"))
             parts.append(f"# {front['title']}")
             parts += [f"{front['description']}\n{{: .subtitle }}"] if "description" in front else []
+            parts += [f"Source: {' · '.join(sources)}\n{{: .sources }}"] if sources else []
         elif cell.cell_type == "markdown" and not source.startswith("<!-- WARNING"):
             parts.append(source)
         elif cell.cell_type == "code" and code and not {"hide", "default_exp"} & directives.keys():
@@ -167,8 +260,11 @@ def page(nb, picture, module=None):
                 parts += [documented(text, getattr(module, shown[1], None)) for text in texts]
                 continue
             if directives.get("echo") != "false":
-                parts.append(block(code, "python"))
-            shown = [text for o in outs if (text := output(o, picture)).strip()]
+                text = block(code, "python")
+                tests = not outs and not re.match("[%!]", code) and all(map(is_test, ast.parse(code).body))
+                parts.append(folded("Tests", text, "code tests") if tests else text)
+            figure = partial(picture, alt=alternative(directives, code))
+            shown = [text for o in outs if (text := output(o, figure)).strip()]
             for text in shown:  # without `markdown` HTML stays as it is
                 marked, gap = ("", "\n") if text.startswith("<") else (" markdown", "\n\n")
                 parts.append(gap.join([f'<div class="output"{marked}>', text, "</div>"]))
@@ -191,34 +287,92 @@ def mathml(text):
     return "".join(a + b for a, b in zip(prose, [*parts[1::3], ""], strict=True))
 
 
+def exports(module):
+    """The full names of what a module exports, its methods too."""
+    return import_module(f"{PACKAGE}._modidx").d["syms"].get(module.__name__, {})
+
+
 def module_of(to):
     """The module that a page is about, None for one without."""
-    package = get_config().lib_path.name
-    return import_module(f"{package}.{to.stem}") if (get_config().lib_path / f"{to.stem}.py").exists() else None
+    return import_module(f"{PACKAGE}.{to.stem}") if (ROOT / PACKAGE / f"{to.stem}.py").exists() else None
+
+
+def reference(modules):
+    """The page of all names: of `modules`, {page: {name: what it does}}, the public ones before the helpers."""
+    package = import_module(PACKAGE)
+
+    def row(to, name, doc):
+        module = module_of(to)
+        value = getattr(module, name) if name in module.__all__ else None
+        if not doc and isinstance(value, (dict, tuple, frozenset)):
+            doc = ", ".join(f"`{key}`" for key in (sorted(value) if isinstance(value, frozenset) else value))
+        shown = name.replace("_", "&#95;<wbr>")
+        return f"| [<code>{shown}</code>]({to}#{name.lower()}) | {doc.replace('|', '&#124;')} |"
+
+    rows = {to: {name: row(to, name, doc) for name, doc in names.items()} for to, names in modules.items()}
+    parts = ["# Reference", "All names, by chapter; the public ones first.\n{: .subtitle }"]
+    top = set(getattr(package, "__all__", ()))
+    if first := [row for names in rows.values() for name, row in names.items() if name in top]:
+        parts += [f"## {package.__name__}", f"`from {package.__name__} import …` has these names too:"]
+        parts += [table("| name |   |", first)]
+    for to, names in rows.items():
+        module = module_of(to)
+        public = {name for name in module.__all__ if name in names}
+        helpers = [row for name, row in names.items() if name not in public]
+        parts += [f"## {to.stem}", f"`{module.__name__}` · [chapter]({to})"]
+        parts += [table("| name |   |", [row for name, row in names.items() if name in public])]
+        parts += [folded("Helpers", table("| name |   |", helpers), "code")] if helpers else []
+    return "\n\n".join(["<div class=\"names\" markdown>", *parts, "</div>"]) + "\n"
+
+
+def navigation(pages, titles):
+    """The order of the pages: where to begin, the guides, the chapters by floor, all names."""
+    floors = {}
+    for book, to in pages.items():
+        if book.parent.name != "tutorials" and book.stem != "index":
+            digit = book.stem[0]
+            floor = FLOORS[int(digit)] if digit.isdigit() else "Foundations"
+            floors.setdefault(floor, []).append({titles[to]: str(to)})
+    guides = [{titles[to]: str(to)} for book, to in pages.items() if book.parent.name == "tutorials"]
+    return [
+        {"Get started": "index.md"},
+        {"Guides": [*guides, {"Contributing": "CONTRIBUTING.md"}]},
+        {"Chapters": [{floor: chapters} for floor, chapters in floors.items()]},
+        {"Reference": [{"Names": "reference.md"}, {"Changes": "CHANGELOG.md"}]},
+    ]
 
 
 def write_pages(processed, docs):
-    """Turn nbdev's processed notebooks into the pages of `docs`; return the navigation, {title: page} in order."""
+    """Turn nbdev's processed notebooks into the pages of `docs`; return the navigation."""
     books = sorted(processed.rglob("*.ipynb"), key=lambda p: (p.stem != "index", len(p.parts), p))
     pages = {book: nbpath2html(book.relative_to(processed)).with_suffix(".md") for book in books}
-    texts = {}
+    texts, modules = {}, {}
     for book, to in pages.items():
         (docs / to).parent.mkdir(parents=True, exist_ok=True)
         pictures = []
 
-        def picture(data, suffix, to=to, pictures=pictures):
+        def picture(data, suffix, alt, to=to, pictures=pictures):
             pictures.append(docs / to.parent / f"{to.stem}-{len(pictures) + 1}{suffix}")
             pictures[-1].write_bytes(data)
-            return f"![]({pictures[-1].name})"
+            return f'<img src="{pictures[-1].name}" alt="{escape(alt)}">'
 
-        texts[to] = mathml(page(read_nb(book), picture, module_of(to)))
+        nb, source, module = read_nb(book), NBS / book.relative_to(processed), ROOT / PACKAGE / f"{to.stem}.py"
+        nb.cells = with_sources(nb.cells, read_nb(source).cells, source_urls(module))
+        sources = [f"[{path.name}]({on_web(path)})" for path in (source, module) if on_web(path) and path.exists()]
+        texts[to] = mathml(page(nb, picture, module_of(to), sources))
+        if module_of(to):
+            exported = [parts_of(cell)[1] for cell in nb.cells if cell.cell_type == "export"]
+            modules[to] = {name: doc for code in exported for name, doc in defined(code).items()}
     for name in PAGES:
         texts[Path(name)] = (ROOT / name).read_text(encoding="utf-8")
+    texts[Path("reference.md")] = reference(modules)
     known = {to.with_suffix(suffix).name: to for to in texts for suffix in (".html", ".md")}
     known |= {book.name: to for book, to in pages.items()}
-    anchors = {to: set(re.findall(r"\{ #([\w.]+) \}", text)) for to, text in texts.items()}
-    package = import_module(f"{get_config().lib_path.name}._modidx").d["syms"]
-    exported = {name.rpartition(".")[2].lower() for names in package.values() for name in names}
+    anchors = {to: set(re.findall(r"(?:\{ #|<div id=\")([\w.]+)", text)) for to, text in texts.items()}
+    for to, names in modules.items():
+        exported = {name.removeprefix(f"{module_of(to).__name__}.") for name in exports(module_of(to))}
+        if absent := [name for name in exported if "." not in name and name not in names]:
+            raise SystemExit(f"{to} must show every exported name, got no {', '.join(absent)}; define it at top level")
     for to, text in texts.items():
 
         def link(m, to=to):
@@ -227,14 +381,27 @@ def write_pages(processed, docs):
                 return m[0]
             if anchor and "." in anchor and anchor not in anchors[target]:
                 anchor = anchor.split(".")[0]  # a method without a box of its own: its class
-            if anchor in exported - anchors[target]:
-                anchor = ""  # exported for other chapters, so it has no box of its own: its page
             return f"]({os.path.relpath(target, to.parent)}{anchor and '#' + anchor})"
 
         text = re.sub(r"\]\(([\w./-]+\.(?:html|ipynb|md))(?:#([\w.-]*))?\)", link, text)
         (docs / to).write_text(text, encoding="utf-8")
-    titles = {to: re.search(r"^# (.*)$", text, re.M)[1] for to, text in texts.items()}
-    return {"Home" if to.stem == "index" else titles[to]: str(to) for to in texts}
+    return navigation(pages, {to: re.search(r"^# (.*)$", text, re.M)[1] for to, text in texts.items()})
+
+
+def faults(site):
+    """What is wrong with the pages: pictures without a text, and anything that would be fetched from elsewhere."""
+    found = []
+    for path in sorted([*site.rglob("*.html"), *site.rglob("*.css")]):
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(site)
+        text = re.sub(r"(<script\b[^>]*>).*?</script>", r"\1", text, flags=re.S)  # a script may write tags
+        for tag in re.findall(r"<(?:script|link|img|iframe|audio|video|source|embed|object)\b[^>]*>", text):
+            if re.search(r"""\b(?:src|href|data|srcset)=["']?(?:https?:)?//""", tag) and "canonical" not in tag:
+                found.append(f"{name}: nothing may be fetched from elsewhere, got {tag[:200]}; keep a copy in docs/")
+            if tag.startswith("<img") and not re.search(r"""\balt=["'](?!["'])""", tag):
+                found.append(f"{name}: an image must have a text, got {tag[:200]}; add `#| fig-alt:` to its cell")
+        for address in re.findall(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')]+)""", text):
+            found.append(f"{name}: nothing may be fetched from elsewhere, got {address}; keep a copy in docs/")
+    return found
 
 
 def site():
@@ -249,14 +416,16 @@ def site():
         print(f"{error}\n\nFor the docs nbdev runs the cells that export or import, and no others:")
         print("imports need a cell of their own, and what they need must be imported or exported too.")
         return 1
+    made = ROOT / "_site"
     with tempfile.TemporaryDirectory() as tmp:
         docs = Path(tmp) / "docs"
         if (NBS / "images").is_dir():
             shutil.copytree(NBS / "images", docs / "images")
-        nav = write_pages(processed, docs)
+        config = {"INHERIT": str(ROOT / "docs/mkdocs.yml"), "docs_dir": str(docs), "site_dir": str(made)}
+        address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"].get("Docs")
+        config |= {"nav": write_pages(processed, docs), "site_url": address}
         shutil.copy(ROOT / "docs/site.css", docs)
-        config = {"INHERIT": str(ROOT / "docs/mkdocs.yml"), "docs_dir": str(docs), "site_dir": str(ROOT / "_site")}
-        config["nav"] = [{title: to} for title, to in nav.items()]
+        shutil.copytree(ROOT / "docs/iframe-worker", docs / "assets/iframe-worker")
         (Path(tmp) / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         # without --quiet, under which --strict overlooks warnings
         command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", f"{tmp}/mkdocs.yml"]
@@ -264,13 +433,16 @@ def site():
     if mkdocs.returncode:
         print("\n".join(line for line in mkdocs.stdout.splitlines() if not line.startswith("INFO")))
         return 1
-    print(f"{len(nav)} pages in _site/; open _site/index.html")
+    if found := faults(made):
+        print("\n".join(found))
+        return 1
+    print(f"{len(list(made.rglob('*.html')))} pages in _site/; open _site/index.html")
     return 0
 
 
 def readme():
     """Write README.md: the first page, with links that work from the project's top folder."""
-    text = page(read_nb(NBS / "index.ipynb"), picture=lambda data, suffix: "")
+    text = page(read_nb(NBS / "index.ipynb"), picture=lambda data, suffix, alt: "")
     text = re.sub(r"</?div[^>]*>\n+", "", text)
     text = re.sub(r"\]\((?!https?:|#|mailto:)(?:\./)?((?!\.\./)[^)]+)\)", r"](nbs/\1)", text).replace("](../", "](")
     (ROOT / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
