@@ -274,7 +274,7 @@ def as_pieces(
     sample_rate: int | None, # Hz of an array; default: `target`
     target: int, # Hz of the result
 ) -> Iterable[Tensor]: # (any,) float32 each
-    "Return a recording as mono samples in pieces; raise as `as_wave` does, for a file when the piece is reached."
+    "Return a recording as mono samples in pieces; errors of a file are raised when the pieces are read."
     is_array = isinstance(audio, np.ndarray | Tensor)
     return [as_wave(audio, sample_rate, target)] if is_array else stream_audio(audio, target)
 
@@ -515,7 +515,7 @@ class EmbeddingGenerator:
         workers: int | None = None, # threads that decode; default: one for each core
         save_seconds: float = 60.0, # approximate seconds between two saves to `out`
         overwrite: bool = False, # whether to embed again what `out` holds already
-    ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs` has skipped (path, reason) and new
+    ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs`: skipped (path, reason), new (count)
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
 
         Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal."""

@@ -266,7 +266,7 @@ def finetune(
     out: str | os.PathLike | None = None, # folder for the classifier, its checkpoint and history
     layer_decay: float = 0.75, # rate of a block / rate of the block above it; 0 trains only the head
     mixup: float = 0.2, # α of Beta(α, α), the distribution of the share of a clip; 0: no mixup
-    quiet: bool = False, # whether to show no progress
+    quiet: bool = False, # whether progress is hidden
     callback: Callable[[dict], None] | None = None, # function that gets each row of the history
     resume: bool = False, # whether to continue from the checkpoint in `out`, with the same arguments
     **settings, # settings of the config: epochs, base_lr, spec_time_mask, …
@@ -325,7 +325,7 @@ def finetune_run(
     model: str | os.PathLike, # folder of a run, a released checkpoint, a Hub repository, or a preset
     out: str | os.PathLike, # folder of the classifier
     source: Source | None = None, # sounds; those of the run by default
-    quiet: bool = False, # whether to show no progress and no messages
+    quiet: bool = False, # whether progress and messages are hidden
     reuse: bool = True, # whether a finished classifier of the same settings is reused; False: raise `ValueError`
     **settings, # fields of `FinetuneSettings`
 ) -> dict: # accuracy, n_test, chance

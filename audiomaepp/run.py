@@ -112,11 +112,11 @@ def train_run(
     source: Source, # sounds and their split
     out: str | os.PathLike, # folder of the run
     resume: bool = False, # whether to continue the run in `out`, with its data and settings, up to `cfg.epochs`
-    quiet: bool = False, # whether to show no progress
+    quiet: bool = False, # whether progress is hidden
     opened: Parts | None = None, # recordings that are open already
     command: str = "train", # command that the folder belongs to
 ) -> tuple["AudioMAEPlusPlus", "History"]: # best model, history
-    "Train a model; write the folder of a run: data.json, config.json, model, checkpoint, history.csv."
+    "Train a model; write settings, a table of the sounds, checkpoints, history and the best model into `out`."
     from audiomaepp.batches import Augment, ClipLoader
     from audiomaepp.features import build_frontend
     from audiomaepp.model import AudioMAEPlusPlus
@@ -177,7 +177,7 @@ class Evaluation:
 def score_parts(
     model: "AudioMAEPlusPlus | str | os.PathLike", # a model, or the folder of one
     parts: Parts, # training part, held-out part, description of the split
-    quiet: bool = False, # whether to show no progress
+    quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the model; a GPU if there is one
 ) -> Evaluation:
     "Embed both parts with a model, and score the held-out part beside the baseline and chance."
@@ -198,7 +198,7 @@ def score_parts(
 # %% ../nbs/40_run.ipynb #272bc126
 def evaluate_run(
     run: str | os.PathLike, # folder of a run
-    quiet: bool = False, # whether to show no progress
+    quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the model; a GPU if there is one
 ) -> Evaluation:
     """Score a run on its held-out clips; write results.csv, results.json and a model card.
@@ -400,7 +400,7 @@ def train_or_continue(
     data: str | os.PathLike, # folder or table of sounds; "synthetic" for the built-in ones
     preset: str, # settings to start from
     out: str | os.PathLike | None, # folder of the run; runs/ and a name made from data and time by default
-    quiet: bool, # whether to show no progress
+    quiet: bool, # whether progress is hidden
     settings: dict, # fields of `Source` and of `Config`; `held_out` is short for `held_out_rows`
 ) -> Path: # folder of the run
     "Train a run, or continue it if `out` holds it; return its folder."
@@ -488,7 +488,7 @@ def embed_with_run(
     run: RunFolder, # run whose model embeds
     data: "str | os.PathLike | Recordings | None", # folder or table of sounds; the run's own recordings by default
     out: str | os.PathLike | None, # Parquet file; in the folder of the run by default
-    quiet: bool, # whether to show no progress
+    quiet: bool, # whether progress is hidden
     device: str | None, # device of the model; a GPU if there is one
     how: dict, # arguments of `embed_folder`: pooling_mode, windows, workers, overwrite
 ) -> "pd.DataFrame":
@@ -525,8 +525,8 @@ def remove_outdated(
 
 def embeddings_path(
     run: Path, # folder of the run
-    name: str, # location of the sounds
-    how: str, # what their embeddings depend on: weights, pooling mode
+    name: str, # place of the sounds
+    how: str, # everything else on which their embeddings depend: weights, pooling mode
 ) -> Path:
     "Return the path of the Parquet file for some sounds, in the folder of a run."
     sounds, made = (hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6] for text in (name, how))
@@ -535,10 +535,10 @@ def embeddings_path(
 # %% ../nbs/40_run.ipynb #9a41c7e0
 def search_with_run(
     run: RunFolder, # run whose model compares the sounds
-    sound, # path, samples at the model's rate or an embedding; or a list of these: their mean
+    sound, # path, samples at the model's rate, or an embedding; or a list of these, whose mean is searched for
     k: int, # number of clips
     among: str | os.PathLike | None, # folder or table to search; the run's own sounds by default
-    quiet: bool, # whether to show no progress
+    quiet: bool, # whether progress is hidden
 ) -> "Hits":
     "Return the nearest clips to a sound; embed what is searched, if it is not embedded yet."
     from audiomaepp.search import SoundIndex
@@ -552,7 +552,7 @@ def search_with_run(
 def evaluation_of(
     run: RunFolder, # run to score
     data: str | os.PathLike | None = None, # other sounds; the run's own by default
-    quiet: bool = False, # whether to show no progress
+    quiet: bool = False, # whether progress is hidden
     how: dict | None = None, # fields of `Source` that split other sounds; device of the model
 ) -> Evaluation:
     "Score a run, or return the stored result if the weights are the same."
@@ -649,7 +649,7 @@ class Run(RunFolder):
         *,
         preset: str = "nano", # settings to start from
         out: str | os.PathLike | None = None, # folder of the run; runs/ and a name made from data and time by default
-        quiet: bool = False, # whether to show no progress
+        quiet: bool = False, # whether progress is hidden
         **settings, # how to split (fold, group, held_out, fraction, label_from, group_from), and fields of `Config`
     ) -> "Run":
         """Train a model and return its run. A second call with the same `out` returns the finished run or continues it.
@@ -718,9 +718,9 @@ def demo_run(
     data: str = "synthetic", # folder or table of your own sounds; "synthetic" for the built-in ones
     out: str | os.PathLike = "runs/demo", # folder of the run; an earlier demo there is replaced
     quick: bool = False, # whether to use few clips and few steps
-    quiet: bool = False, # whether to show no progress
+    quiet: bool = False, # whether progress is hidden
 ) -> Run:
-    "Train the demo and return its run."
+    "Train the demo and return its run; replace an earlier demo in the folder."
     source = Source(data=data, synthetic_clips=10 if quick else 40)
     with only_writer(out) as out:
         claim(out, "demo", RUN_FILES)

@@ -207,7 +207,7 @@ class SoundIndex:
 
     def vector(
         self,
-        query, # path, in the table or not; samples at the model's rate; an embedding; or a list of these: their mean
+        query, # path, in the table or not; samples at the model's rate; an embedding; or a list, whose mean is taken
     ) -> np.ndarray: # (D,)
         "Return the embedding of a query."
         if isinstance(query, list | tuple):
@@ -225,7 +225,7 @@ class SoundIndex:
 
     def search(
         self,
-        query, # path, in the table or not; samples at the model's rate; an embedding; or a list of these: their mean
+        query, # path, in the table or not; samples at the model's rate; an embedding; or a list, whose mean is taken
         k: int = 10, # number of rows
     ) -> Hits:
         "Return the `k` rows that sound most like the query; the rows of a queried path are left out."
@@ -240,7 +240,7 @@ class SoundIndex:
 
 # %% ../nbs/22_search.ipynb #24aa0010
 def search(
-    query, # path, samples, an embedding, or a list of these: their mean
+    query, # path, samples, an embedding, or a list of these, whose mean is taken
     embeddings, # Parquet file or DataFrame of `embed_folder`
     model=None, # model that made it; default: the one that the table names
     k: int = 10, # number of rows

@@ -167,7 +167,7 @@ class _Row(NamedTuple):
         return str(stat.st_size), str(stat.st_mtime_ns)
 
     def digest(self) -> str:
-        "Return a digest of the file; for samples in memory, the levels of their eighths."
+        "Return a digest of the file; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
         path = self.recordings.paths[self.i]
@@ -316,7 +316,7 @@ def open_again(
 # %% ../nbs/16_source.ipynb #7d20c1a2
 def trained_on(
     run: str | os.PathLike, # folder of the run
-    recordings: "Recordings", # recordings of any place
+    recordings: "Recordings", # recordings to look up
 ) -> int:
     "Return how many recordings have the contents of a training recording of a run; 0 for a run of an earlier version."
     path = Path(run) / "recordings.csv"

@@ -87,7 +87,7 @@ class Validation:
             spec = frontend(batch.to(device))
             rows.append(model.get_embedding(spec).float().cpu())
             if reconstruct:
-                labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # without, a second view is encoded
+                labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # else a second view is encoded
                 errors.append(model(spec, labels).losses["reconstruction"].item())
         return torch.cat(rows).numpy(), errors
 
