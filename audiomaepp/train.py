@@ -834,7 +834,7 @@ class Trainer:
         out_dir: str | os.PathLike | None = None, # folder of the run; None: nothing is written
         transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrograms (B, C, time, mel)
         callback: Callable[[dict], None] | None = None, # function that gets each row of the history
-        quiet: bool = False, # whether to show no progress
+        quiet: bool = False, # whether progress is hidden
         save_minutes: float = 5.0, # longest time between two checkpoints
     ):
         self.cfg, self.engine = cfg, (engine := _Engine(cfg, model))
