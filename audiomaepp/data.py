@@ -309,17 +309,17 @@ class Clip:
 
     @property
     def label(self) -> str | None:
-        "The name of the class, if there is one."
+        "Return the name of the class, if there is one."
         return self.columns.get("label")
 
     @property
     def seconds(self) -> float:
-        "The duration of the recording."
+        "Return the duration of the recording."
         return self.recordings.seconds(0)
 
     @property
     def wav(self) -> torch.Tensor: # (samples,) float32
-        "The samples at `sample_rate`; raises `AudioError` if the file cannot be used."
+        "Return the samples at `sample_rate`; raise `AudioError` if the file cannot be used."
         return self.recordings.wav(0)
 
     def plot(self) -> Figure:

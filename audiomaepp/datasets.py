@@ -27,19 +27,19 @@ from .files import OutputError, _cannot_write, check_archive, damaged, make_fold
 # %% ../nbs/datasets.ipynb #da7a0009
 @dataclass(frozen=True)
 class Dataset:
-    "A public data set: its home, its checksum, and the files that are kept."
+    "A public data set: its address, its checksum, and the files that are kept."
 
     name: str # name for `open_recordings` and for the command
-    about: str # what can be heard
+    about: str # short description of the sounds
     clips: int # number of recordings
     classes: int # number of classes
-    url: str # archive at its public home
-    size: int # bytes of the archive; about, if it is made on request
+    url: str # address of the archive
+    size: int # size of the archive in bytes; approximate if it is made on request
     license: str # name of the license
-    cite: str # whom to cite
+    cite: str # reference to cite
     keep: dict[str, str] # patterns for names in the archive, and what they become in the folder
-    sha256: str = "" # checksum of the archive, if its home keeps one file
-    digest: str = "" # checksum of the files (`files_digest`), if its home makes the archive on request
+    sha256: str = "" # checksum of the archive, if the server keeps one file
+    digest: str = "" # checksum of the files (`files_digest`), if the server makes the archive on request
     label_from: str | None = None # regular expression that finds the label in a file name
     group_from: str | None = None # regular expression that finds the group in a file name
 
@@ -123,7 +123,7 @@ class Resuming:
 
     @property
     def size(self) -> int: # bytes
-        "Size of the partial file."
+        "Return the size of the partial file."
         return self.part.stat().st_size if self.part.exists() else 0
 
     def __call__(self, url: str, output_file: str, pooch):
@@ -244,7 +244,7 @@ def _blocks(archive: Path, file: IO[bytes]) -> Iterator[bytes]:
 # %% ../nbs/datasets.ipynb #da7a001e
 def unpack(
     dataset: Dataset,
-    archive: Path,
+    archive: Path, # zip or tar archive
     folder: Path, # empty folder
     quiet: bool = False, # whether the progress bar is hidden
 ):

@@ -32,7 +32,7 @@ def full_precision(
 # %% ../nbs/01_losses.ipynb #ac9337f9
 def l2_normalize(
     embeddings: torch.Tensor, # (N, D) embeddings of any length
-    eps: float = 1e-8, # length below which a row counts as zero
+    eps: float = 1e-8, # length up to which a row counts as zero
 ) -> torch.Tensor: # (N, D), each row of length 1, or 0 where the row was zero
     "Scale each row to length one; a zero row stays zero and has no gradient."
     if embeddings.ndim != 2:

@@ -259,7 +259,7 @@ class History:
 
     @property
     def columns(self) -> list[str]:
-        "Every column, in the order of first appearance."
+        "Return every column, in the order of first appearance."
         return list(dict.fromkeys(k for row in self.rows for k in row))
 
     def shown(self, most: int = 12) -> list[dict]: # last rows
