@@ -212,7 +212,7 @@ class ClipLoader:
         epoch: int, # number of the next epoch
         start: int = 0, # first batch, counted over all processes
         rank: int = 0, # number of this process
-        world_size: int = 1, # number of processes that share the batches; each takes every world_size-th
+        world_size: int = 1, # number of processes that share the batches; each takes one batch in world_size
     ):
         "Select the batches of the next iteration."
         if not 0 <= rank < world_size <= len(self):

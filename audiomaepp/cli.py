@@ -708,7 +708,7 @@ def plain_error(
 ) -> str:
     "Return an error of tyro as one line."
     _, *rest = [line.strip("│ ") for line in box.strip().splitlines()]  # the first line is a title
-    lines = [line for line in rest if line.strip("─-╰╯")]  # of ASCII on some terminals
+    lines = [line for line in rest if line.strip("─-╰╯")]  # the border is ASCII on some terminals
     if "For full helptext" not in box:
         return box.strip()
     help_at = next(i for i, line in enumerate(lines) if line.startswith(("Argument helptext:", "For full helptext")))

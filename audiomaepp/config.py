@@ -52,7 +52,7 @@ def _need_float(field: str, value: Any, low: float, high: float, remedy: str, op
 
 # %% ../nbs/00_config.ipynb #0c0ffee6
 def _nearest(name: Any, names: tuple) -> Any:
-    "Return the name that is spelled most like `name`, or None if none is similar."
+    "Return the name whose spelling is most similar to `name`, or None if none is similar."
     near = difflib.get_close_matches(str(name)[:64], [str(n) for n in names], n=1)
     return next((n for n in names if str(n) == near[0]), None) if near else None
 
@@ -252,7 +252,7 @@ class _FrontEnd(_Image):
     normalize: Literal["clip", "dataset", "band"] = "clip" # statistics: of the clip, the data set, or each band's mean
     spec_mean: float = -4.2677393 # mean of the data set's spectrograms (AudioSet's), for normalize="dataset"
     spec_std: float = 4.5689974 # standard deviation of the same spectrograms, for normalize="dataset" and "band"
-    top_db: float = 0.0 # dynamic range of a clip in dB; values below this range are raised to its end; 0: no limit
+    top_db: float = 0.0 # dynamic range of a clip in dB; smaller values are raised to its lower end; 0: no limit
 
     def _check(self):
         for field in ("sample_rate", "n_fft", "win_length", "hop_length"):
@@ -428,7 +428,7 @@ def _no_field(cls: type, name: str) -> TypeError:
 
 # %% ../nbs/00_config.ipynb #b08eaa80
 def _known(settings: Mapping):
-    "Raise `ValueError` if a name is not a setting; the message names the most similar one."
+    "Raise `ValueError` if a name is not a setting; the message suggests the most similar one."
     if not isinstance(settings, Mapping):
         raise ValueError(f"settings must be a dict of names and values, got {shown(settings)}; use "
                          "the output of to_dict")

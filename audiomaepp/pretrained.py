@@ -315,7 +315,7 @@ def leave_out(
     weights: dict[str, Tensor], # weights under our names; changed in place
     report: Placement, # report; gets a remark on each change
 ):
-    "Remove weights that are known to have no place in the model."
+    "Remove weights that the model is known not to have."
     unused = [name for name in weights if report.kind == "AudioMAE++" and ".norm3." in name]
     windows = any(re.match(r"decoder\.blocks\.0\..*(meta_mlp|\btau|relative_position)", name) for name in weights)
     if unused:

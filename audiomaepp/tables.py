@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"[★ \d.±()–-]*|[-+]?[\d.]+e[-+]?\d+|-?(nan|inf)")  # 
 
 
 def right_aligned(
-    cells: list[list[str]], # rows of the table, the head first
+    cells: list[list[str]], # rows of the table, the header first
 ) -> list[bool]: # True for each column of numbers
     "Return which columns are aligned to the right."
     return [all(map(_NUMBER.fullmatch, column)) for _, *column in zip(*cells, strict=True)]
@@ -43,7 +43,7 @@ def right_aligned(
 # %% ../nbs/tables.ipynb #7ab1e007
 def text_table(
     title: str, # line above the table; none when empty
-    cells: list[list], # rows of the table, the head first
+    cells: list[list], # rows of the table, the header first
 ) -> str:
     "Return the table as text for a terminal."
     cells = [[cell_text(value) for value in row] for row in cells]
@@ -112,7 +112,7 @@ def render(
 # %% ../nbs/tables.ipynb #7ab1e009
 def html_table(
     title: str, # caption of the table; none when empty
-    cells: list[list], # rows of the table, the head first
+    cells: list[list], # rows of the table, the header first
 ) -> str:
     "Return the table as HTML, with all text escaped."
     head, *rows = [[cell_text(value) for value in row] for row in cells]
