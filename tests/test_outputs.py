@@ -29,11 +29,18 @@ TINY = """--embed-dim 32 --depth 1 --num-heads 2 --decoder-embed-dim 32 --decode
 MAIN = "import sys; from audiomaepp.cli import main; main()"
 
 
+def listening():
+    "A background job ignores Ctrl-C, and nohup SIGHUP; a child would inherit that."
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def begin(*args, code=MAIN, **options):
     "Start the command in a process of its own."
     env = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, **pipes | options)
+    how = dict(env=env, preexec_fn=listening) | pipes | options
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], **how)
 
 
 def ended(process):
