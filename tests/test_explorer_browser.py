@@ -471,6 +471,7 @@ def test_the_widget_in_jupyterlab_gives_the_selection_to_python(browser, lab):
     page.mouse.click(*page.evaluate(js % "e.screen(5)"))
     assert page.evaluate(js % "e.state.selected") == 5
     page.evaluate(js % "e.setMode('box')")
+    page.screenshot(path="/tmp/expl/lab.png")
     box = page.locator(".amx-map").bounding_box()
     page.mouse.move(box["x"] + 2, box["y"] + 2)
     page.mouse.down()
