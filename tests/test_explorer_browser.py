@@ -471,11 +471,10 @@ def test_the_widget_in_jupyterlab_gives_the_selection_to_python(browser, lab):
     page.mouse.click(*page.evaluate(js % "e.screen(5)"))
     assert page.evaluate(js % "e.state.selected") == 5
     page.evaluate(js % "e.setMode('box')")
-    page.screenshot(path="/tmp/expl/lab.png")
     box = page.locator(".amx-map").bounding_box()
-    page.mouse.move(box["x"] + 2, box["y"] + 2)
+    page.mouse.move(box["x"] + 9, box["y"] + 9)
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2, steps=4)
+    page.mouse.move(box["x"] + box["width"] - 9, box["y"] + box["height"] - 9, steps=4)
     page.mouse.up()
     assert page.evaluate(js % "e.state.rows.length") == 40
     page.locator(".jp-Notebook .jp-CodeCell").nth(1).click()

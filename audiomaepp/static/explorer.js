@@ -64,7 +64,7 @@ export function mount(el, payload, callbacks = {}) {
   const list = h("section", { class: "amx-list", "aria-label": "Clips" });
   const picked = h("section", { class: "amx-picked", "aria-label": "Selection", hidden: true });
   const switches = h("div", { class: "amx-switches" });
-  const root = h("div", { class: "amx" },
+  const root = h("div", { class: data.previews || data.links ? "amx" : "amx amx-mute" },
     h("header", {},
       h("div", { class: "amx-title" }, h("h2", {}, data.title), h("p", { class: "amx-note" }, data.note)),
       h("div", { class: "amx-controls" },
