@@ -371,13 +371,10 @@ def render_page(
     payload: dict, # what the page shows
 ) -> str:
     "Return the whole page as HTML."
-    from markupsafe import Markup
-
     html, script, style = page_parts(payload)
-    explorer = Markup(f'{html}\n<script type="module">{script}</script>')
-    policy = Markup(_policy(script, style, bool(payload.get("links"))))
-    return render("explorer.html", title=payload["title"] or "Map of clips", style=Markup(style), explorer=explorer,
-                  policy=policy)
+    policy = _policy(script, style, bool(payload.get("links")))
+    return render("explorer.html", title=payload["title"] or "Map of clips", policy=policy, style=style, explorer=html,
+                  script=script)
 
 # %% ../nbs/32_explorer.ipynb #32e00033
 @cache
