@@ -143,8 +143,20 @@ function shapePath(shape, r = 7) {
 
 // --------------------------------------------------------------------------------------------- renderers
 // A renderer draws all points once: `setPositions(from, to)`, `setLooks(looks)` when they change, and
-// `draw({t, size, view, ratio, ground, rim, trail})` for each picture. `looks` holds 8 bytes for each point:
-// red, green, blue, alpha, shape, hollow, and two unused ones.
+// `draw({t, size, view, ratio, ground, rim, trail, count})` for each picture. `looks` holds 8 bytes for each point:
+// red, green, blue, alpha, shape, hollow, and two unused ones. Points are drawn in a shuffled order: no class always
+// lies on top of the others, and the first `count` points are a fair sample while a slow machine moves the map.
+
+/** Return the rows 0 … n - 1 shuffled, the same way each time. */
+function shuffled(n) {
+  const order = Uint32Array.from({ length: n }, (_, i) => i);
+  for (let i = n - 1, seed = 1; i > 0; i--) {
+    seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
+    const j = Math.floor((seed / 2 ** 32) * (i + 1));
+    [order[i], order[j]] = [order[j], order[i]];
+  }
+  return order;
+}
 
 const POINT_VERTEX = `#version 300 es
 in vec2 from; in vec2 to; in vec4 color; in vec4 look;
@@ -172,7 +184,7 @@ void main() {
   float edge = max(1.0, size * 0.09);
   float onEdge = clamp(d + edge + 0.5, 0.0, 1.0);
   vec3 fill = hollow > 0.5 ? ground : tint.rgb;
-  vec3 line = hollow > 0.5 ? tint.rgb : mix(tint.rgb, rim, 0.6);
+  vec3 line = hollow > 0.5 ? tint.rgb : mix(tint.rgb, rim, 0.6 * smoothstep(4.0, 9.0, size)); // none on small points
   float alpha = inside * tint.a * (hollow > 0.5 ? mix(0.55, 1.0, onEdge) : 1.0);
   pixel = vec4(mix(fill, line, hollow > 0.5 ? clamp(d + edge * 1.6 + 0.5, 0.0, 1.0) : onEdge) * alpha, alpha);
 }`;
@@ -195,7 +207,7 @@ void main() { pixel = vec4(tint.rgb * tint.a, tint.a); }`;
 
 /** Return a WebGL2 renderer, or null where the browser has none. */
 function webglRenderer(canvas, n) {
-  const gl = canvas.getContext("webgl2", { antialias: true, premultipliedAlpha: true });
+  const gl = canvas.getContext("webgl2", { antialias: false });
   if (!gl) return null;
   const names = ["from", "to", "color", "look"];
   const build = (vertex, fragment) => {
@@ -214,6 +226,7 @@ function webglRenderer(canvas, n) {
   const points = build(POINT_VERTEX, POINT_FRAGMENT);
   const trails = build(TRAIL_VERTEX, TRAIL_FRAGMENT);
   const buffers = { from: gl.createBuffer(), to: gl.createBuffer(), looks: gl.createBuffer() };
+  const order = gl.createBuffer();
   const fill = (buffer, data) => {
     gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
     gl.bufferData(gl.ARRAY_BUFFER, data, gl.DYNAMIC_DRAW);
@@ -231,6 +244,8 @@ function webglRenderer(canvas, n) {
     return vertexArray;
   };
   const asPoints = layout(0);
+  gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, order);
+  gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, shuffled(n), gl.STATIC_DRAW);
   const asTrails = layout(1);
   gl.enable(gl.BLEND);
   gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
@@ -238,7 +253,7 @@ function webglRenderer(canvas, n) {
     kind: "webgl2",
     setPositions(from, to) { fill(buffers.from, from); fill(buffers.to, to); },
     setLooks(looks) { fill(buffers.looks, looks); },
-    draw({ t, size, view, ratio, ground, rim, trail }) {
+    draw({ t, size, view, ratio, ground, rim, trail, count }) {
       const { width, height } = canvas;
       const place = [(2 * view.scale * ratio) / width, (2 * view.scale * ratio) / height];
       place.push(-view.x * place[0], -view.y * place[1]);
@@ -251,7 +266,7 @@ function webglRenderer(canvas, n) {
         gl.uniform4fv(trails.at("view"), place);
         gl.uniform1f(trails.at("t"), t);
         gl.uniform1f(trails.at("strength"), trail);
-        gl.drawArraysInstanced(gl.LINES, 0, 2, n);
+        gl.drawArraysInstanced(gl.LINES, 0, 2, count);
       }
       gl.useProgram(points.program);
       gl.bindVertexArray(asPoints);
@@ -260,7 +275,7 @@ function webglRenderer(canvas, n) {
       gl.uniform1f(points.at("size"), size * ratio);
       gl.uniform3fv(points.at("ground"), ground.map((v) => v / 255));
       gl.uniform3fv(points.at("rim"), rim.map((v) => v / 255));
-      gl.drawArrays(gl.POINTS, 0, n);
+      gl.drawElements(gl.POINTS, count, gl.UNSIGNED_INT, 0);
     },
   };
 }
@@ -268,12 +283,13 @@ function webglRenderer(canvas, n) {
 /** Return a renderer for canvas 2D: the same picture, slower. */
 function flatRenderer(canvas, n) {
   const ctx = canvas.getContext("2d");
+  const order = shuffled(n);
   let from, to, looks;
   return {
     kind: "2d",
     setPositions(a, b) { [from, to] = [a, b]; },
     setLooks(bytes) { looks = bytes; },
-    draw({ t, size, view, ratio, ground, rim, trail }) {
+    draw({ t, size, view, ratio, ground, rim, trail, count }) {
       const { width, height } = canvas;
       ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
       ctx.clearRect(0, 0, width, height);
@@ -281,7 +297,7 @@ function flatRenderer(canvas, n) {
       const x = (v) => (v - view.x) * view.scale + cx;
       const y = (v) => cy - (v - view.y) * view.scale;
       const [paper, border] = [`rgb(${ground})`, `rgb(${rim})`];
-      for (let i = 0; i < n; i++) {
+      for (const i of order.subarray(0, count)) {
         const [r, g, b, a, shape, hollow] = looks.subarray(8 * i, 8 * i + 6);
         if (!a) continue;
         const at = [0, 1].map((k) => from[2 * i + k] + (to[2 * i + k] - from[2 * i + k]) * t);

@@ -162,6 +162,21 @@ export function mount(el, payload, callbacks = {}) {
 
   const redraw = () => { frame ||= requestAnimationFrame(draw); };
 
+  // While the map moves, a machine that needs more than 50 ms for a picture draws fewer points; at rest it draws all.
+  let [count, last, resting] = [n, 0, 0];
+  function moving() {
+    clearTimeout(resting);
+    resting = setTimeout(() => { resting = 0; last = 0; redraw(); }, 200);
+    redraw();
+  }
+  function pace(time) {
+    if (!resting && !glide) return n;
+    const took = last ? time - last : 30;
+    last = time;
+    count = Math.round(took > 50 ? Math.max(Math.min(n, 4000), (count * 40) / took) : took < 25 ? Math.min(n, count * 1.3) : count);
+    return count;
+  }
+
   function draw(time) {
     frame = 0;
     if (glide) {
@@ -170,10 +185,10 @@ export function mount(el, payload, callbacks = {}) {
       state.t = s < 0.5 ? 4 * s ** 3 : 1 - (-2 * s + 2) ** 3 / 2;
       const left = 1 - Math.max(0, past - glide.lasts - 1200) / 1500; // trails stay a moment, then fade
       trail = Math.min(0.5, 12 / Math.sqrt(n)) * (state.trails ? 1 : Math.max(0, Math.min(1, left)));
-      if (s === 1 && (state.trails || left <= 0)) glide = null;
+      if (s === 1 && (state.trails || left <= 0)) { glide = null; last = 0; redraw(); }
     }
-    for (let k = 0; k < 2 * n; k++) now[k] = from[k] + (to[k] - from[k]) * state.t;
-    renderer.draw({ t: state.t, size: size(), view, ratio, ground, rim, trail: state.previous >= 0 ? trail : 0 });
+    for (let k = 0; k < 2 * n; k++) now[k] = state.t === 1 ? to[k] : from[k] + (to[k] - from[k]) * state.t;
+    renderer.draw({ t: state.t, size: size(), view, ratio, ground, rim, count: pace(time), trail: state.previous >= 0 ? trail : 0 });
     drawOver();
     handle.frames++;
     if (glide) redraw();
@@ -261,7 +276,7 @@ export function mount(el, payload, callbacks = {}) {
     view.x += (x - width / 2) * (1 / view.scale - 1 / scale);
     view.y -= (y - height / 2) * (1 / view.scale - 1 / scale);
     view.scale = scale;
-    redraw();
+    moving();
   }
 
   function resize() {
@@ -610,7 +625,7 @@ export function mount(el, payload, callbacks = {}) {
       view.y += (y - drag.y) / view.scale;
     }
     [drag.x, drag.y] = [x, y];
-    redraw();
+    if (drag.path) redraw(); else moving();
   });
   const release = (e) => {
     pointers.delete(e.pointerId);
@@ -626,7 +641,8 @@ export function mount(el, payload, callbacks = {}) {
   map.addEventListener("pointercancel", release);
   map.addEventListener("pointerleave", () => { hide(); redraw(); });
   map.addEventListener("dblclick", (e) => { if (nearest(...at(e), 11) < 0) fit(); });
-  map.addEventListener("wheel", (e) => {
+  map.addEventListener("wheel", (e) => { // in a notebook or a report, the wheel scrolls until the map is in use
+    if (!e.ctrlKey && document.activeElement !== map && !root.closest(".amx-page")) return;
     e.preventDefault();
     const unit = [1, 16, 400][e.deltaMode] ?? 1;
     hide();
@@ -702,6 +718,7 @@ export function mount(el, payload, callbacks = {}) {
     destroy() {
       leaving.abort();
       halt();
+      clearTimeout(resting);
       sounds.stop();
       host.disconnect();
       sizes.disconnect();
