@@ -127,9 +127,9 @@ def _wave(
         clip = audio[i]
     if not isinstance(clip, tuple):
         return load_audio(clip, PREVIEW_RATE, seconds=seconds)
-    wave = torch.as_tensor(as_array(clip[0]), dtype=torch.float32)
+    wave = torch.nan_to_num(torch.as_tensor(as_array(clip[0]), dtype=torch.float32))
     wave = (wave.mean(0) if wave.ndim == 2 else wave)[: int(seconds * clip[1])]
-    return resample(wave[None], int(clip[1]), PREVIEW_RATE)[0]
+    return resample(wave[None], int(clip[1]), PREVIEW_RATE)[0] if len(wave) else wave
 
 
 def _readable(
@@ -166,7 +166,7 @@ def make_previews(
         seconds = list(pool.map(lambda i: _duration(audio, i), range(n)))
         plan = _preview_plan(seconds, megabytes)
         if plan is None:
-            links = isinstance(audio, Recordings) and not audio.in_memory or isinstance(audio[0], str | os.PathLike)
+            links = any(map(bool, _files_of(audio)))
             why = f"No previews: {n:,} clips do not fit into {megabytes:g} MB."
             return Previews(None, links, why + " The play buttons open the recordings at their place." * links)
         made = list(pool.map(lambda i: _readable(lambda: _preview(audio, i, plan), None), range(n)))
@@ -174,7 +174,9 @@ def make_previews(
     note = f"Sounds are previews: the loudest part of each clip, at most {plan.seconds:g} s, at {plan.kbps} kbit/s."
     if bad:
         note += f" {bad} {'recording' if bad == 1 else 'recordings'} could not be read."
-    return Previews(made, False, note if any(made) else f"No sound: {bad} recordings could not be read.")
+    if not any(made):
+        return Previews(None, False, f"No sound: {bad} recordings could not be read." * bool(bad))
+    return Previews(made, False, note)
 
 
 def _preview(
@@ -187,6 +189,15 @@ def _preview(
         return None
     part = _loudest(_wave(audio, i), round(plan.seconds * PREVIEW_RATE))
     return base64.b64encode(_mp3(part, plan.kbps)).decode() if len(part) else None
+
+
+def _files_of(
+    audio, # Recordings, or a sequence of paths or (waveform, sample rate); None: no sound
+) -> list[str]: # "" for a clip without a file
+    "Return the file of each clip."
+    if isinstance(audio, Recordings):
+        return [path if wave is None else "" for path, wave in zip(audio.paths, audio.waves, strict=True)]
+    return [os.fspath(clip) if isinstance(clip, str | os.PathLike) else "" for clip in audio or ()]
 
 
 def _is_silent(
@@ -429,7 +440,7 @@ class Explorer:
         "Write one page that works offline, and return its path."
         path = Path(path)
         folder = path.resolve().parent
-        links = [quote(os.path.relpath(name, folder).replace(os.sep, "/")) for name in self._recordings]
+        links = [name and quote(os.fsencode(os.path.relpath(name, folder))) for name in self._recordings]
         write_atomic(path, render_page(self.payload | ({"links": links} if links else {})).encode())
         return path
 
@@ -456,8 +467,9 @@ def _maps_of(
         return vectors, {}
     if not isinstance(vectors, Mapping):
         x = as_array(vectors)
-        xy = maps[""] if maps is not None else umap_2d(x, seed) if x.ndim == 2 and x.shape[1] != 2 else _positions(x)
-        return AlignedMaps({"": xy}, {}), {"": x} if x.shape[1] != 2 else {}
+        flat = x.ndim == 2 and x.shape[1] == 2 # positions, as everywhere in this package
+        xy = next(iter(maps.values())) if maps else _positions(x) if flat or x.ndim != 2 else umap_2d(x, seed)
+        return AlignedMaps({"": xy}, {}), {} if flat else {"": x}
     made = aligned_umap(vectors, seed) if maps is None else maps
     if missing := [name for name in vectors if name not in made]:
         raise ValueError(f"maps must have the settings of vectors, got none for {missing[0]!r}; "
@@ -481,6 +493,7 @@ MOST_POINTS = 50_000 # clips of a page
 
 def _still(
     maps: AlignedMaps, # positions by setting
+    steps: Sequence[str], # settings of the slider: the first, the middle and the last one are drawn
     labels, # (n,) classes or a scale; None: one color
     names: Sequence[str] | None, # names of the classes
     held_out: np.ndarray, # (n,) True for a held-out clip
@@ -494,10 +507,13 @@ def _still(
     if not isinstance(protocol, str | None): # flags: the held-out clips alone
         rows = held_out if held_out.any() else rows
         said = f"{rows.sum()} clips" if held_out.any() else None
-    shown = AlignedMaps({name: xy[rows] for name, xy in maps.items()}, maps.trustworthiness)
+    some = {steps[i] for i in (0, len(steps) // 2, -1)} if steps else ()
+    shown = AlignedMaps({name: xy[rows] for name, xy in maps.items() if name in some or name not in steps},
+                        maps.trustworthiness)
     panels = shown if shown.trustworthiness else [(name, xy) for name, xy in shown.items()]
+    inches = {1: 3.6, 2: 2.5}.get(len(shown), 1.9)
     return plot_maps(panels, None if labels is None else labels[rows], title, held_out=said, names=names,
-                     numbers=numbers, legend=legend, panel_size=3.6 if len(maps) == 1 else 2.5)
+                     numbers=numbers, legend=legend, panel_size=inches)
 
 
 def _numbers_of(
@@ -559,9 +575,9 @@ def explore(
         "previews": sounds.files, "mime": "audio/mpeg", "sound": printable(sounds.note), "links": None,
         "styles": [class_style(i) for i in range(60)], "gray": UNLABELED,
     }
-    files = audio.paths if isinstance(audio, Recordings) else list(map(os.fspath, audio)) if sounds.links else []
-    return Explorer(payload, lambda: _still(maps, columns.get(color), names, flags, held_out, numbers, title,
-                                            "" if color == "label" else color or ""), files if sounds.links else ())
+    legend = "" if color == "label" else color or ""
+    about = maps, steps, columns.get(color), names, flags, held_out, numbers, title, legend
+    return Explorer(payload, lambda: _still(*about), _files_of(audio) if sounds.links else ())
 
 # %% ../nbs/32_explorer.ipynb #32e00041
 def save_atlas(

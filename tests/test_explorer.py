@@ -59,6 +59,7 @@ def test_settings_are_aligned_and_their_numbers_and_roles_arrive():
     first = payload["settings"][0]["numbers"]
     assert first["kNN-10"] == "0.50" and first["linear"] == "–" and "trust" in first
     assert payload["references"] == {"chance": {"kNN-10": "0.10"}}
+    assert [ax.get_title() for ax in explorer.plot().axes] == names  # of many steps, three are drawn
 
 
 def test_a_class_has_the_same_color_and_shape_as_on_the_figure():
@@ -134,8 +135,12 @@ def test_an_unreadable_recording_is_counted_and_nothing_else_is_lost(tmp_path):
         assert [i for i, preview in enumerate(payload["previews"]) if not preview] == [3, 4]
         assert "2 recordings could not be read" in payload["sound"]
     clips = [*paths[:3], (WAVE, 16000), (torch.from_numpy(np.stack([WAVE, WAVE])), 16000), None]
-    payload = explore(X[:6], audio=clips, held_out="x").payload
-    assert [bool(p) for p in payload["previews"]] == [True] * 5 + [False] and "could not" not in payload["sound"]
+    clips += [(np.zeros(0), 8000), (np.full(900, np.nan), 8000)]
+    payload = explore(X[:8], audio=clips, held_out="x").payload
+    assert [bool(p) for p in payload["previews"][:7]] == [True] * 5 + [False] * 2
+    assert "1 recording could not be read" in payload["sound"]
+    silent = explore(X[:3], audio=[None] * 3, held_out="x").payload
+    assert silent["previews"] is None and silent["sound"] == ""
 
 
 def test_two_thousand_clips_stay_below_ten_megabytes(tmp_path):
@@ -148,12 +153,12 @@ def test_two_thousand_clips_stay_below_ten_megabytes(tmp_path):
 
 def test_beyond_the_budget_the_page_links_to_the_recordings_and_says_so(tmp_path):
     (tmp_path / "sounds").mkdir()
-    paths = [tmp_path / "sounds" / f"a #{i} ü.wav" for i in range(20)]
-    for path in paths:
+    paths = [tmp_path / "sounds" / f"a #{i} ü.wav" for i in range(19)] + [None]
+    for path in paths[:-1]:
         soundfile.write(path, WAVE, 16000)
     explorer = explore(X[:20], audio=paths, held_out="x", preview_megabytes=0.01)
     data = data_of(explorer.save(tmp_path / "map.html").read_text("utf-8"))
-    assert data["previews"] is None and data["links"][3] == "sounds/a%20%233%20%C3%BC.wav"
+    assert data["previews"] is None and data["links"][-1] == "" and data["links"][3] == "sounds/a%20%233%20%C3%BC.wav"
     assert "20 clips do not fit into 0.01 MB" in data["sound"] and "at their place" in data["sound"]
     silent = explore(X[:20], audio=[(WAVE, 16000)] * 20, held_out="x", preview_megabytes=0.01)
     assert data_of(silent.save(tmp_path / "map.html").read_text("utf-8"))["links"] is None
