@@ -257,6 +257,16 @@ def drawn(shown, mode, *corners):
     shown.page.mouse.up()
 
 
+def until_white(shown, x, y, seconds=20):
+    from PIL import Image
+
+    end = time.monotonic() + seconds
+    while (color := Image.open(io.BytesIO(shown.page.screenshot())).convert("RGB").getpixel((int(x), int(y)))) != (
+        255,
+    ) * 3:
+        assert time.monotonic() < end, f"still {color}"
+
+
 def test_lasso_and_box_select_what_they_enclose(opened):
     shown = opened()
     (left, low), (right, high) = shown.place(11), shown.place(23)
@@ -266,6 +276,8 @@ def test_lasso_and_box_select_what_they_enclose(opened):
     (x, y), (_, top) = shown.place(30), shown.place(50)
     drawn(shown, "lasso", (x - 9, y + 9), (x + 9, y + 9), (x + 9, top - 9), (x - 9, top - 9))
     assert shown.js("e.state.rows") == [30, 40, 50]
+    between = np.mean([shown.place(30), shown.place(40)], axis=0).round().astype(int)
+    until_white(shown, *between)  # the lasso itself is gone
     with shown.page.expect_download() as download:
         shown.page.get_by_text("Download CSV").click()
     rows = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text("utf-8"))))

@@ -196,7 +196,8 @@ export function mount(el, payload, callbacks = {}) {
 
   /** Draw what is few and changes often: the chosen clip, its neighbors, the pointer's clip, the lasso. */
   function drawOver() {
-    const ctx = over.getContext("2d");
+    // Drawn by the processor: it is little, and Chromium without a GPU loses a picture that only clears the canvas.
+    const ctx = over.getContext("2d", { willReadFrequently: true });
     ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
     ctx.clearRect(0, 0, width, height);
     const r = size() / 2;
