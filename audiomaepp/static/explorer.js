@@ -104,6 +104,7 @@ export function mount(el, payload, callbacks = {}) {
   let frame = 0;
   let glide = null; // {start, fadeFrom} while points move or trails fade
   let trail = 0;
+  let clean = false; // whether the upper canvas is empty
   let renderer = makeRenderer(false);
 
   function makeRenderer(flat) {
@@ -198,10 +199,13 @@ export function mount(el, payload, callbacks = {}) {
   function drawOver() {
     // Drawn by the processor: it is little, and Chromium without a GPU loses a picture that only clears the canvas.
     const ctx = over.getContext("2d", { willReadFrequently: true });
+    const { selected, hover } = state;
+    const nothing = selected < 0 && hover < 0 && sounds.playing < 0 && !drag?.path;
+    if (nothing && clean) return;
+    clean = nothing;
     ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
     ctx.clearRect(0, 0, width, height);
     const r = size() / 2;
-    const { selected, hover } = state;
     if (selected >= 0) {
       const near = neighbors(selected);
       ctx.strokeStyle = ink;
