@@ -35,6 +35,6 @@ setup(
     python_requires=f">={meta['min_python']}",
     classifiers=lines("classifiers"),
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements"), "export": lines("export_requirements")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "export", "jupyter")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["audiomaepp=audiomaepp._modidx:d"]},
 )

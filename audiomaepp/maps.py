@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from .evaluate import standardize
-from .files import write_atomic
 from audiomaepp.plots import (
     COLORS,
     UNLABELED,
@@ -29,7 +28,6 @@ from audiomaepp.plots import (
     text_style,
     wrap_text,
 )
-from .tables import escape, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -540,81 +538,18 @@ def plot_shift(
         ax.scatter(*xy, s=22, c=color, marker=marker, edgecolors="white", linewidths=0.5, zorder=4)
     return fig
 
-# %% ../nbs/31_maps.ipynb #8a791883
-def _hover_texts(
-    columns: dict[str, np.ndarray], # columns of the table by name
-    n: int, # number of rows
-) -> np.ndarray:
-    "Return (n,) texts for the pointer: one line for each column, the first one bold."
-    def show(v):
-        return escape(_format_score(v) if isinstance(v, float) else str(v))
-
-    lines = [[f"{escape(name)}: {show(v)}" for v in column.tolist()] for name, column in columns.items()]
-    texts = [f"<b>{first}</b>" + "".join(f"<br>{line}" for line in rest) for first, *rest in zip(*lines, strict=True)]
-    return np.array(texts or [""] * n, dtype=object)
-
-# %% ../nbs/31_maps.ipynb #3b1d0010
-def _traces(
-    xy: np.ndarray, # (n, 2) positions
-    values: np.ndarray | None, # (n,) classes or a scale; None: one color
-    heading: str | None, # title of the color bar
-    hover: np.ndarray, # (n,) texts for the pointer
-    names: Sequence[str] | None, # names of the classes, in the order of their colors
-) -> list[dict]:
-    "Return plotly's traces: one for each class, or one with a color bar."
-    def trace(rows, **marker):
-        x, y = xy[rows].T.tolist()
-        return dict(x=x, y=y, mode="markers", text=hover[rows].tolist(),
-                    marker=dict(size=7, line=dict(width=0.5, color="white")) | marker)
-
-    if values is None:
-        return [trace(np.ones(len(xy), bool), color=COLORS[0])]
-    if _is_scale(values):
-        bar = dict(colorscale="Viridis", showscale=True, colorbar=dict(title=escape(heading or "")))
-        known = np.isfinite(values)
-        return [trace(~known, color=UNLABELED) | dict(showlegend=False),
-                trace(known, color=values[known].tolist(), **bar) | dict(showlegend=False)]
-    codes, names = _classes(values, names)
-    symbols = ("circle", "triangle-up", "square", "diamond", "triangle-down")
-    classes = [trace(codes == i, color=class_style(i)[0], symbol=symbols[i % 5]) | dict(name=escape(n))
-               for i, n in enumerate(names)]
-    return ([trace(codes < 0, color=UNLABELED) | dict(name="unlabeled")] if (codes < 0).any() else []) + classes
-
 # %% ../nbs/31_maps.ipynb #5d7592ff
 def save_html_map(
     xy, # (n, 2) positions, or (n, D) embeddings
-    table, # DataFrame or dict of columns with n values each; shown at the pointer
+    table, # DataFrame or dict of columns with n values each; shown with each clip
     path: str | Path, # HTML file to write
     title: str = "", # title of the map
     *,
     held_out: str | None, # name of the held-out clips, "fold 5, 80 clips"; None: training clips
     color: str | None = None, # column that colors the points; None: "label" if the table has it
     names: Sequence[str] | None = None, # all classes of that column, in the order of their colors
-    plotlyjs: bool | str = True, # True: inside the page; "directory": plotly.min.js beside it; "cdn": from the web
 ) -> Path:
     "Write an interactive map as an HTML page and return its path."
-    import plotly.graph_objects as go
+    from audiomaepp.explorer import explore
 
-    xy, path = _positions(xy), Path(path)
-    columns = {str(c): np.asarray(table[c]) for c in table}
-    for name, column in columns.items():
-        if len(column) != len(xy):
-            raise ValueError(f"column {name!r} must have one value for each of the {len(xy)} points, got "
-                             f"{len(column)}; use a table of the same clips")
-    color = color or ("label" if "label" in columns else None)
-    if color is not None and color not in columns:
-        raise ValueError(f"color must be a column of the table, got {color!r}; use {' or '.join(columns) or 'None'}")
-    traces = _traces(xy, columns.get(color), color, _hover_texts(columns, len(xy)), names)
-    fig = go.Figure([go.Scatter(hoverinfo="text", **trace) for trace in traces])
-    plain = dict(visible=False, showgrid=False)
-    fig.update_layout(
-        title=escape(clips_title(title, held_out)).replace("\n", "<br>"), template="plotly_white", xaxis=plain,
-        yaxis=plain | dict(scaleanchor="x"), legend_title_text=escape(color or ""), legend_itemsizing="constant",
-    )
-    chart = fig.to_html(full_html=False, include_plotlyjs=plotlyjs, default_height="100vh", div_id="map")
-    write_atomic(path, render("map.html", title=title or "Map of clips", chart=chart).encode())
-    if plotlyjs == "directory" and not (beside := path.with_name("plotly.min.js")).exists():
-        from plotly.offline import get_plotlyjs
-
-        write_atomic(beside, get_plotlyjs().encode())
-    return path
+    return explore(xy, table, held_out=held_out, color=color, names=names, title=title).save(path)

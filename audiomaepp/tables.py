@@ -17,9 +17,9 @@ from .files import printable
 # %% ../nbs/tables.ipynb #5c1e0a02
 def escape(
     value: Any, # text, or an object to convert to text
-) -> str: # text for an element or an attribute of a page, or for plotly
+) -> str: # text for an element or an attribute of a page
     "Return the value's text as HTML that shows it unchanged."
-    return html.escape(printable(str(value))).replace("&quot;", "&#34;")  # plotly decodes &#34; but not &quot;
+    return html.escape(printable(str(value))).replace("&quot;", "&#34;")  # as jinja2 writes it
 
 # %% ../nbs/tables.ipynb #7ab1e003
 def cell_text(

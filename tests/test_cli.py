@@ -1,10 +1,12 @@
 """The command as its users meet it: flags become the config, a mistake is one message, a run leaves its folder."""
 
+import base64
 import contextlib
 import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -293,9 +295,11 @@ def test_a_class_has_one_color_on_both_maps(run, monkeypatch):
     part = dict(test=found.test.select(some), test_x=found.test_x[some], baseline_x=found.baseline_x[some])
     running.draw_run(run, replace(found, **part))
     page = (run / "pictures" / "map.html").read_text(encoding="utf-8")
-    traces, _ = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))
+    data = json.loads(re.search(r"application/json[^>]*>(.*?)</script>", page, re.S)[1])
+    label = next(column for column in data["columns"] if column["name"] == "label")
+    codes = np.unique(np.frombuffer(base64.b64decode(label["codes"]), "<u2"))
     drawn = {h.get_label(): to_hex(h.get_facecolor()[0]).upper() for h in figures[0].axes[0].collections}
-    shown = {t["name"]: t["marker"]["color"] for t in traces if t["x"]}
+    shown = {label["classes"][code]: data["styles"][code][0] for code in codes}
     assert len(shown) == 3 and shown.items() <= drawn.items()
 
 

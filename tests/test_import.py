@@ -13,7 +13,7 @@ import pytest
 
 import audiomaepp
 
-HEAVY = "torch torchaudio umap numba sklearn matplotlib pandas pyarrow plotly accelerate transformers numpy".split()
+HEAVY = "torch torchaudio umap numba sklearn matplotlib pandas pyarrow anywidget accelerate transformers numpy".split()
 
 
 def python(code):
