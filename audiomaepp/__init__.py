@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what editors see; `_WHERE` says the same to `__getattr__`, 
     from audiomaepp.config import Config
     from audiomaepp.data import open_recordings, split
     from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.explorer import explore
     from audiomaepp.lab import Comparison, compare_losses
     from audiomaepp.losses import info_nce_loss, uniformity_loss
     from audiomaepp.model import AudioMAEOutput, AudioMAEPlusPlus
@@ -31,6 +32,7 @@ _WHERE = {  # the public names, and the module of each
     "split": "data",
     "synthesize": "synthetic",
     "EmbeddingGenerator": "embed",
+    "explore": "explorer",
     "load_official": "pretrained",
     "compare_losses": "lab",
     "Comparison": "lab",

@@ -511,8 +511,8 @@ def windows(
 # %% ../nbs/10_audio.ipynb #c11a0002
 def encode_mp3(
     wav: torch.Tensor, # (samples,), full scale ±1
-    sample_rate: int, # Hz of `wav`; a rate that MP3 does not have is resampled to the nearest lower one
-    quality: float = 0.5, # from 0, the smallest file, to 1
+    sample_rate: int, # Hz of `wav`; resampled to the nearest lower rate that MP3 has
+    kbps: int = 32, # kilobits per second
 ) -> bytes:
     "Return a waveform as an MP3 file, for players in notebooks and pages; what exceeds full scale is clipped."
     import soundfile
@@ -521,6 +521,9 @@ def encode_mp3(
     rate = max((r for r in rates if r <= sample_rate), default=8000)
     wav, out = resample(wav, sample_rate, rate).clamp(-1, 1), io.BytesIO()
     wav = torch.nn.functional.pad(wav, (0, max(0, rate // 50 - len(wav)))) # no sample, no file
-    soundfile.write(out, wav.numpy(), rate, format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="AVERAGE",
-                    compression_level=1 - quality)
+    # libsndfile takes the bit rate as a level from 0, the most that MP3 has at a sample rate, to 1, the least
+    least, most = (32, 320) if rate >= 32000 else (8, 160 if rate >= 16000 else 64)
+    level = min(1.0, max(0.0, (most - kbps) / (most - least)))
+    soundfile.write(out, wav.numpy(), rate, format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT",
+                    compression_level=level)
     return out.getvalue()

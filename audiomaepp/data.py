@@ -32,7 +32,6 @@ from audiomaepp.audio import (
     torch,
 )
 from .datasets import DATASETS, get_dataset
-from .features import LogMel
 from .files import naming, printable, read_parquet, shown, write_atomic
 from .tables import _text, _with_paths, html_table, paths_of, render, text_table
 
@@ -344,6 +343,7 @@ def _item(recordings: Recordings, i) -> Clip | Recordings:
 # %% ../nbs/12_data.ipynb #c11b0005
 def _clip_figure(clip: Clip, title: str) -> Figure:
     "Return a figure of the log-mel spectrogram of the first minute."
+    from audiomaepp.features import LogMel
     from audiomaepp.plots import plot_spectrogram
 
     wav = clip.recordings.crop(0, 60 * clip.sample_rate)

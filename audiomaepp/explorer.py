@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .audio import AudioError, load_audio, probe, resample
+from .audio import AudioError, encode_mp3, load_audio, probe, resample
 from .data import Recordings
 from .evaluate import standardize
 from .files import printable, write_atomic
@@ -58,19 +58,6 @@ def _loudest(
     energy = F.pad(wave.double().square().cumsum(0), (1, 0))
     first = int((energy[size:] - energy[:-size]).argmax())
     return wave[first : first + size]
-
-# %% ../nbs/32_explorer.ipynb #32e0000d
-def _mp3(
-    wave: torch.Tensor, # (samples,) at PREVIEW_RATE
-    kbps: int, # kilobits per second
-) -> bytes:
-    "Return a wave as an MP3 file."
-    import soundfile
-
-    out, level = io.BytesIO(), (160 - kbps) / 152
-    soundfile.write(out, wave.clamp(-1, 1).numpy(), PREVIEW_RATE, format="MP3", subtype="MPEG_LAYER_III",
-                    compression_level=level, bitrate_mode="CONSTANT")
-    return out.getvalue()
 
 # %% ../nbs/32_explorer.ipynb #32e00010
 class PreviewPlan(NamedTuple):
@@ -188,7 +175,7 @@ def _preview(
     if _is_silent(audio, i):
         return None
     part = _loudest(_wave(audio, i), round(plan.seconds * PREVIEW_RATE))
-    return base64.b64encode(_mp3(part, plan.kbps)).decode() if len(part) else None
+    return base64.b64encode(encode_mp3(part, PREVIEW_RATE, plan.kbps)).decode() if len(part) else None
 
 
 def _files_of(
