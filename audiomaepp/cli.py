@@ -117,6 +117,8 @@ class Train(Command):
         self.out = self.out or str(new_folder(self.data.data))
         if self.resume:
             self.data, self.config = as_begun(self)
+        if self.data.data == Source().data and "data" not in self.given and not self.resume:
+            self.say("No folder is named: the training uses the built-in sounds. For yours: audiomaepp train FOLDER")
         train_run(self.config, self.data, self.out, self.resume, self.quiet)
         if is_main():
             self.say(f"\nThe run is in {self.out}. Next: audiomaepp evaluate {shlex.quote(self.out)}")
@@ -236,6 +238,9 @@ class Embed(Command):
 
     def run(self) -> dict:
         Source(self.data).check()
+        if Path(self.out).suffix.lower() in (".csv", ".json", ".npy"):
+            use = Path(self.out).with_suffix(".parquet")
+            raise ValueError(f"out must be a Parquet file, got {self.out!r}; use {use}")
         from audiomaepp.data import NoRecordings
         from audiomaepp.embed import EmbeddingGenerator
 
@@ -307,8 +312,9 @@ class Search(Command):
 
             return SoundIndex(where, self.model).search(clips, self.k)
         if not (Path(where) / "config.json").is_file():
+            found = "which is neither" if os.path.exists(where) else "which does not exist"
             raise FileNotFoundError("place must be the folder of a run or a Parquet file that audiomaepp embed wrote, "
-                                    f"got {where!r}, which is neither; use audiomaepp search RUN a.wav, or run "
+                                    f"got {where!r}, {found}; use audiomaepp search RUN a.wav, or run "
                                     "audiomaepp embed first")
         from audiomaepp.run import Run
 
@@ -339,6 +345,7 @@ class Finetune(Command):
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "data", "out", "json", "device")]
         settings = {name: getattr(self, name) for name in names}
         scores = finetune_run(self.model, self.out, self.data if self.data.data else None, reuse=False, **settings)
+        self.say(f"\nThe classifier is in {self.out}. Next: audiomaepp predict {shlex.quote(self.out)} FILES")
         return {"run": self.out, **scores}
 
     def after_stop(self) -> str:
@@ -745,6 +752,8 @@ def unknown_word(
     parts = [part for part in (command, *vars(command).values()) if dataclasses.is_dataclass(part)]
     known = [f"--{field.name.replace('_', '-')}" for part in parts for field in dataclasses.fields(part)]
     near = difflib.get_close_matches(flags[0], known, 1)
+    if near and near[0] == flags[0] and name.startswith("-"):
+        return f"{flags[0]} must come after the command, got it before; use audiomaepp train {flags[0]}, for example"
     hint = f"did you mean {near[0]}?" if near else f"audiomaepp {name} --help{'-all' * (len(parts) > 1)} lists them"
     return f"{name} has no option {flags[0]}; {hint}"
 

@@ -450,6 +450,9 @@ def _verdict(
                 within.append(pair)
     if not not_above and not within:
         return ""
+    compared = [scores[column] for column in _ACCURACIES if column in scores]
+    if compared and min(compared) == 1:
+        return f"{name[:1].upper()}{name[1:]} classifies every held-out clip correctly; try more or harder clips."
     where = "not above the best baseline" if not_above else "above the best baseline, but by less than its interval"
     advice = " or ".join([part for part in (", ".join(hints[:-1]), hints[-1]) if part])
     return f"{name[:1].upper()}{name[1:]} is {where} ({'; '.join(not_above or within)}); try {advice}."

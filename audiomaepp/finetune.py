@@ -125,7 +125,8 @@ def _read_facts(folder: str | os.PathLike) -> dict: # classes, layer_decay, mixu
     "Return the settings of the classifier in a folder."
     path = Path(folder) / "classifier.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; use a folder that finetune wrote")
+        raise FileNotFoundError(f"the folder must hold a classifier, got no {path}; use a folder that finetune wrote "
+                                "(audiomaepp finetune RUN)")
     kinds = dict(classes=list[str], layer_decay=float, mixup=float)
     facts = check_fields(read_json(path), kinds, path, optional=("layer_decay", "mixup"))
     with naming(path):
@@ -437,6 +438,7 @@ def predict_table(
         chances = head(vectors).softmax(dim=1).cpu().numpy()
     names = [classifier.classes[i] for i in chances.argmax(axis=1)] if len(x) else []
     result = pd.DataFrame({"path": [printable(paths[i]) for i in rows], "class": names})
-    result = result.join(pd.DataFrame(chances, columns=classifier.classes))
+    columns = [f"{name} (class)" if name in result else name for name in classifier.classes]
+    result = result.join(pd.DataFrame(chances, columns=columns))
     result.attrs["skipped"] = Skipped([*skipped, *failed])
     return result

@@ -196,6 +196,17 @@ def score_parts(
     return Evaluation(report, train, test, test_x, baselines[1], protocol)
 
 # %% ../nbs/40_run.ipynb #272bc126
+def _epochs_done(run: Path) -> int: # 0 without a history
+    "Return how many epochs the training of a run has finished."
+    from audiomaepp.train import History
+
+    if not (path := run / "history.csv").is_file():
+        return 0
+    with naming(path):
+        rows = History.from_csv(path).rows
+    return rows[-1].get("epoch", 0) if rows else 0
+
+
 def evaluate_run(
     run: str | os.PathLike, # folder of a run
     quiet: bool = False, # whether progress is hidden
@@ -210,6 +221,8 @@ def evaluate_run(
     run = Path(run)
     model = AudioMAEPlusPlus.from_pretrained(run)
     found = score_parts(model, open_again(run, model.cfg, quiet), quiet, device)
+    if 0 < (done := _epochs_done(run)) < model.cfg.epochs:
+        found.report.protocol += f"; the training stopped after {done} of {model.cfg.epochs} epochs"
     found.report.to_csv(run / "results.csv")
     if (run / "classifier.json").exists():  # then results.json holds the classifier's own scores
         return found
@@ -384,8 +397,7 @@ class RunFolder:
     @property
     def epochs(self) -> int:
         "The number of finished epochs."
-        rows = self.history.rows if (self.path / "history.csv").is_file() else []
-        return rows[-1].get("epoch", 0) if rows else 0
+        return _epochs_done(self.path)
 
     def state(self) -> tuple[int, int]:
         "Return size and modification time of the weights; they change when the training continues."
@@ -461,15 +473,15 @@ def hints(
     train: "Recordings", # training part
 ) -> list[str]:
     "Return what to try when a model does not beat the baseline, most promising first."
-    labelled = bool((train.labels >= 0).any())
+    labeled = bool((train.labels >= 0).any())
     seconds = _usual_seconds(train)
-    preset = ("words" if seconds <= 1.5 else "semantic") + "_unlabelled" * (not labelled)
+    preset = ("words" if seconds <= 1.5 else "semantic") + "_unlabelled" * (not labeled)
     found = []
     if cfg.replace(epochs=1, seed=0, warmup_epochs=0) != Config.preset(preset, epochs=1, seed=0, warmup_epochs=0):
-        made_for = 1 if seconds <= 1.5 else 5
-        found.append(f"preset {preset!r}, made for clips of about {made_for} s (yours: {seconds:.2g} s)")
+        made_for = "at most" if seconds <= 1.5 else "more than"
+        found.append(f"preset {preset!r}, made for clips of {made_for} 1.5 s (yours: {seconds:.2g} s)")
     found.append(f"longer training (epochs={2 * cfg.epochs})")
-    if not labelled:
+    if not labeled:
         found.append("labels (class folders, a table with a column label, or label_from)")
     elif not cfg.use_labels:
         found.append("labels, which use_labels=False leaves out")

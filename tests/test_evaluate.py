@@ -282,3 +282,8 @@ def test_the_baseline_on_real_recordings():
     assert scores["n_test"] == 400
     assert scores["knn"] == pytest.approx(0.80, abs=0.03)
     assert scores["linear"] == pytest.approx(0.85, abs=0.03)
+
+
+def test_a_perfect_score_is_not_advised_to_train_longer():
+    said = report_of({"knn": 1.0, "linear": 1.0}, {"knn": 1.0, "linear": 1.0}).verdict(["longer training"])
+    assert "every held-out clip" in said and "longer training" not in said

@@ -49,7 +49,7 @@ def test_from_a_folder_to_a_map(home, capsys):
     said = capsys.readouterr().out
     assert "fold 5 held out: 12 train / 3 test" in said and "chance" in said and "similarity" in said
     assert (home / "map.png").stat().st_size > 1000 and len(names["table"]) == 15
-    assert isinstance(names["run"], Run) and (home / "runs/a/model.safetensors").exists()
+    assert isinstance(names["run"], Run) and (home / "runs/c/model.safetensors").exists()
 
 
 def test_every_shell_command_parses_and_runs(home, capsys):

@@ -162,6 +162,16 @@ def test_a_low_score_is_said_with_what_to_try(run):
     assert "baseline" in said and "preset 'words'" in said and "longer training" in said
 
 
+def test_an_unfinished_training_is_scored_as_such(run, tmp_path):
+    """Its scores would be taken for those of the whole training."""
+    begun = tmp_path / "begun"
+    shutil.copytree(run.path, begun)
+    cfg = json.loads((begun / "config.json").read_text())
+    (begun / "config.json").write_text(json.dumps(cfg | {"epochs": 99}))
+    assert f"the training stopped after {run.epochs} of 99 epochs" in str(Run(begun).evaluate(quiet=True))
+    assert "stopped after" not in str(run.evaluate(quiet=True))
+
+
 def test_hints_look_at_the_sounds():
     cfg = Config.preset("nano")
     short, long = (synthesize(n=2, classes=2, seconds=seconds) for seconds in (1, 4))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,19 @@ def test_predict_of_nothing_fails(classifier, sounds, tmp_path):
     assert done.returncode == 1 and done.stdout == "" and "skipped" in done.stderr and "use others" in done.stderr
 
 
+def test_classes_may_have_the_names_of_columns(classifier, sounds, tmp_path):
+    """A training succeeded, and then every prediction failed."""
+    named = tmp_path / "named"
+    shutil.copytree(classifier, named)
+    facts = json.loads((named / "classifier.json").read_text())
+    facts["classes"][:2] = ["path", "class"]
+    (named / "classifier.json").write_text(json.dumps(facts))
+    clip = next(sounds.rglob("*.wav"))
+    done = shell("predict", named, clip, "--json")
+    (row,) = json.loads(done.stdout)["predictions"]
+    assert row["path"] == str(clip) and {"path (class)", "class (class)"} <= row.keys()
+
+
 def test_predict_needs_sounds(classifier):
     done = shell("predict", classifier)
     assert done.returncode != 0 and "files must name at least one sound" in done.stderr
@@ -234,6 +248,20 @@ def test_predict_needs_sounds(classifier):
 def test_predict_needs_a_classifier(run, sounds):
     done = shell("predict", run, next(sounds.rglob("*.wav")))
     assert done.returncode != 0 and "classifier.json" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("--json train sounds", "--json must come after the command"),
+     ("search nowhere a.wav", "does not exist"),
+     ("embed runs/a more --out vectors.csv", "use vectors.parquet")],
+)  # fmt: skip
+def test_what_to_type_instead(line, words, tmp_path, monkeypatch):
+    (tmp_path / "more").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = shell(*line.split())
+    said = [line for line in done.stderr.splitlines() if not line.startswith("loaded:")]
+    assert done.returncode != 0 and words in done.stderr and len(said) == 1
 
 
 def test_ctrl_c_ends_with_130(monkeypatch, capsys):
