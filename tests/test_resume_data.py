@@ -51,7 +51,7 @@ def home(begun, tmp_path, monkeypatch):
 
 
 def resume(home, *flags):
-    return "train", "--resume", "--out", home / "run", *flags
+    return "train", "--resume", "--out", home / "run", "--epochs", 2, *flags  # there is more to train
 
 
 # ---- the data
