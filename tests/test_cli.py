@@ -365,7 +365,7 @@ def test_embed_goes_on_and_search_finds(run, sounds, tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     cli.main(["search", str(clip), "--k", "3"])  # the table of this folder, as `embed` names it
     assert all(row["path"] in capsys.readouterr().out for row in found[:1])
-    assert "which is neither" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
+    assert "which does not exist" in refused("search", clip, "--in", tmp_path / "nothing.parquet")
 
 
 def test_an_evaluated_run_has_a_model_card(run):

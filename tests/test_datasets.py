@@ -291,7 +291,8 @@ def test_a_partial_file_that_is_too_long_is_thrown_away(home, server):
 
 def child(*line, said=subprocess.PIPE):
     "The command in a process of its own, with the small set in its catalog."
-    code = """import sys
+    code = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 from dataclasses import replace
 from audiomaepp import cli, datasets
 sys.path.insert(0, sys.argv[1])
