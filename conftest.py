@@ -3,12 +3,15 @@
 import os
 import re
 import sys
+from pathlib import Path
 from traceback import TracebackException
 
 import pytest
 
 os.environ.update(MPLBACKEND="agg", TQDM_DISABLE="1", IN_TEST="1")  # IN_TEST: nbdev_export() in a cell does nothing
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count())))  # small models gain nothing from more
+if (beside := Path(__file__).resolve().parent.parent / "shared/data").is_dir():  # recordings that lie beside the project
+    os.environ.setdefault("AUDIOMAEPP_DATA", str(beside))
 
 
 def pytest_addoption(parser):
@@ -40,10 +43,15 @@ class Notebook(pytest.File):
                     item.add_marker("slow")
                 if cell.directives.get("eval", "").lower() == "false":
                     item.add_marker(pytest.mark.skip(reason="eval: false"))
-                if (needs := cell.directives.get("needs")) and not (self.path.parent / needs).exists():
+                if (needs := cell.directives.get("needs")) and not self._has(needs):
                     item.add_marker(pytest.mark.skip(reason=f"needs {needs}, which is not there"))
                 self.cells.append(item)
         return self.cells
+
+    def _has(self, needs):
+        "Return whether a file beside the notebook, or a public data set, is there."
+        places = [self.path.parent, *filter(None, [os.environ.get("AUDIOMAEPP_DATA")])]
+        return any((Path(place) / needs).exists() for place in places)
 
     def setup(self):
         from execnb.shell import CaptureShell

@@ -551,7 +551,7 @@ def write_files(
         figure.savefig(folder / name, dpi=150)
     varied = {name: None for fields in comparison.experiment.settings.values() for name in fields}
     title = f"{comparison.experiment.source}: {', '.join(varied)}"
-    comparison.to_html(folder / "report.html", title, repeat, maps="maps.png" in drawn)
+    comparison.report(folder / "report.html", title, repeat, maps="maps.png" in drawn)
     if comparison.skipped:
         comparison.skipped.to_csv(folder / "skipped.csv")
     return [folder / name for name in ("report.html", *reversed(drawn), "table.csv")]

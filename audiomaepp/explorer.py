@@ -340,15 +340,16 @@ def module_source() -> str:
 # %% ../nbs/32_explorer.ipynb #32e0002e
 def _policy(
     script: str, # text of the page's script
-    style: str, # text of the page's style sheet
+    style: str | None, # text of the page's style sheet; None: any style, also those of single elements
     links: bool, # whether recordings are played from their place
 ) -> str:
-    "Return a Content-Security-Policy that allows this script and this style, and no request."
+    "Return a Content-Security-Policy that allows this script and style, and no request."
     def allowed(text):
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
+    styles = "'unsafe-inline'" if style is None else allowed(style)
     media = "data: blob: 'self' file:" if links else "data: blob:"
-    return (f"default-src 'none'; script-src {allowed(script)}; style-src {allowed(style)}; img-src data: blob:; "
+    return (f"default-src 'none'; script-src {allowed(script)}; style-src {styles}; img-src data: blob:; "
             f"media-src {media}; base-uri 'none'; form-action 'none'")
 
 # %% ../nbs/32_explorer.ipynb #32e00030
@@ -420,15 +421,22 @@ class Explorer:
         "The widget, made on first use; raise an error if anywidget is missing."
         return _widget_class()(payload=self.payload)
 
+    def linked(
+        self,
+        folder: str | Path, # folder of the page
+    ) -> dict[str, Any]:
+        "Return the payload of a page in a folder: links to recordings are relative to it."
+        folder = Path(folder).resolve()
+        links = [name and quote(os.fsencode(os.path.relpath(name, folder))) for name in self._recordings]
+        return self.payload | ({"links": links} if links else {})
+
     def save(
         self,
         path: str | Path, # HTML file to write
     ) -> Path:
         "Write one page that works offline, and return its path."
         path = Path(path)
-        folder = path.resolve().parent
-        links = [name and quote(os.fsencode(os.path.relpath(name, folder))) for name in self._recordings]
-        write_atomic(path, render_page(self.payload | ({"links": links} if links else {})).encode())
+        write_atomic(path, render_page(self.linked(path.parent)).encode())
         return path
 
     def __repr__(self) -> str:

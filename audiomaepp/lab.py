@@ -48,11 +48,13 @@ from audiomaepp.files import (
 from .model import AudioMAEPlusPlus
 from .store import write_parquet
 from .train import History, Trainer, collapse_warning
-from .validation import Validation, baseline_features
+from .validation import Validation, baseline_features, untrained_model
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from audiomaepp.explorer import Explorer
 
 # %% ../nbs/42_lab.ipynb #1bc3e3f0
 @dataclass(eq=False, repr=False)
@@ -63,10 +65,11 @@ class Comparison:
     held_out: "pd.DataFrame" # (m rows) held-out clips: path, label, metadata
     results: "list[Result]" # embeddings and scores of each training and pooling mode
     histories: dict[tuple[str, int], History] # losses and scores during training, by (setting, seed)
-    baseline: "Result" # scores of log-mel statistics of the same clips
+    baselines: "list[Result]" # the same clips without training: log-mel statistics, the untrained network
     chance: float | None # accuracy of always guessing the most frequent class; None without labels
     skipped: Skipped # (path, reason) of each recording that could not be read
     failed: dict[tuple[str, int], str] # reason why a training has no results, by (setting, seed)
+    sounds: Recordings | None = None # held-out clips, while they are in memory; None: the files in `held_out`
     maps: dict = field(default_factory=dict) # layouts of the maps drawn so far
 
     @property
@@ -76,7 +79,7 @@ class Comparison:
 
     @property
     def table(self) -> "pd.DataFrame":
-        "Return a row for each setting and pooling mode (mean and deviation over seeds), the baseline and chance."
+        "Return a row for each setting and pooling mode (mean and deviation over seeds), the baselines and chance."
         return table_of(self)
 
     @property
@@ -84,9 +87,12 @@ class Comparison:
         "Return the trainings that have no result yet, as (setting, seed)."
         return [run for run in self.experiment.runs() if run not in self.histories]
 
-    def map(self, color: str = "label", settings: Sequence[str] | None = None, seed: int | None = None,
-            columns: int | None = None) -> "Figure":
-        "Return maps of the held-out clips, colored by a column, with scores below each; see `draw_maps`."
+    def map(self, color="label", settings=None, seed=None) -> "Explorer":
+        "Return a map of the held-out clips with sound; a switch changes the setting; see `explore_settings`."
+        return audiomaepp.report.explore_settings(self, color, settings, seed)
+
+    def plot(self, color="label", settings=None, seed=None, columns=None) -> "Figure":
+        "Return the same maps as a picture, a panel for each setting, with scores below each; see `draw_maps`."
         return audiomaepp.report.draw_maps(self, color, settings, seed, columns)
 
     def curves(self, columns: Sequence[str] | None = None, across: int = 3) -> "Figure":
@@ -123,13 +129,9 @@ class Comparison:
         "Return whether another comparison has the same numbers, training time left out."
         return same_numbers(self, other)
 
-    def __repr__(self):
-        return audiomaepp.report.as_text(self)
+    def __repr__(self): return audiomaepp.report.as_text(self)
 
-    def _repr_html_(self):
-        return audiomaepp.report.as_html(self)
-
-    plot, to_html = map, report
+    def _repr_html_(self): return audiomaepp.report.as_html(self)
 
 # %% ../nbs/42_lab.ipynb #bc1e0dfb
 MEASURES = {
@@ -137,7 +139,7 @@ MEASURES = {
     "reconstruction": "reconstruction", "seconds": "seconds",
 }
 ACCURACIES = ("knn", "linear")
-BASELINE, CHANCE = "log-mel statistics", "chance"
+BASELINE, UNTRAINED, CHANCE = "log-mel statistics", "untrained network", "chance"
 
 
 def scores_of(
@@ -151,11 +153,20 @@ def scores_of(
     first = ("setting", "pooling", "seed")  # also where no training is finished
     return pd.DataFrame(rows, columns=list(dict.fromkeys([*first, *(name for row in rows for name in row)])))
 
+
+def baselines_of(
+    comparison: Comparison, # trained settings
+) -> "dict[str, Result]":
+    "Return the results without training by the name of their row."
+    rows = ((result.setting, result.pooling) for result in comparison.baselines)
+    names = [comparison.experiment.row(*row) if row[1] else row[0] for row in rows]
+    return dict(zip(names, comparison.baselines, strict=True))
+
 # %% ../nbs/42_lab.ipynb #4a7d1c09
 def table_of(
     comparison: Comparison,
 ) -> "pd.DataFrame":
-    "Return a row for each setting and pooling mode (mean and deviation over seeds), the baseline and chance."
+    "Return a row for each setting and pooling mode (mean and deviation over seeds), the baselines and chance."
     import pandas as pd
 
     rows = {}
@@ -165,7 +176,7 @@ def table_of(
             row |= {name: part[name].mean(), f"{name}_sd": part[name].std()}
         warning = "; ".join(dict.fromkeys(filter(None, part["warning"])))
         rows[comparison.experiment.row(setting, pooling)] = row | {"warning": warning}
-    rows[BASELINE] = comparison.baseline.scores
+    rows |= {name: result.scores for name, result in baselines_of(comparison).items()}
     rows[CHANCE] = {} if comparison.chance is None else dict.fromkeys(ACCURACIES, comparison.chance)
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -176,15 +187,15 @@ def results_of(
     seed: int | None = None, # seed of the training; None: all seeds
 ) -> "list[Result]": # one for each seed
     "Return the results that a row of the table summarizes; raise `ValueError` if there are none."
-    rows = {BASELINE: [comparison.baseline]}
+    rows = {name: [result] for name, result in baselines_of(comparison).items()}
     for result in comparison.results:
         rows.setdefault(comparison.experiment.row(result.setting, result.pooling), []).append(result)
     first = {results[0].setting: results for results in reversed(rows.values())}
     if row not in rows | first:
         raise ValueError(f"row must be a row of this comparison, got {row!r}; use one of "
-                         f"{', '.join([*rows][1:] + [BASELINE])}")
+                         f"{', '.join([*rows][len(comparison.baselines) :] + [*rows][: len(comparison.baselines)])}")
     found = (first | rows)[row]
-    if seed is None or row == BASELINE:
+    if seed is None or found[0] in comparison.baselines:
         return found
     if seed not in (seeds := [result.seed for result in found]):
         raise ValueError(f"seed must be one of the trained seeds, got {seed!r}; use one of "
@@ -253,7 +264,7 @@ def name_settings(
         form = '{"name": {"field": value}, …} or a list of such dicts of fields'
         raise ValueError(f"settings={settings!r} must hold the changed fields of each setting; use {form}")
     for name, fields in settings.items():
-        if name in (BASELINE, _OLD_BASELINE, CHANCE):
+        if name in (BASELINE, _OLD_BASELINE, UNTRAINED, CHANCE):
             raise ValueError(f"setting {name!r} has the name of another row of the table; use a different name")
         if "seed" in fields:
             raise ValueError(f"setting {name!r} must not change the seed; use seeds=(0, 1, 2) for all settings")
@@ -523,18 +534,15 @@ def _embed(model: AudioMAEPlusPlus, recordings: Recordings, pooling: str) -> np.
 
 def score_model(
     model: AudioMAEPlusPlus, # trained model
-    setting: str, # name of its setting
-    experiment: Experiment, # design of the comparison
+    who: str, # name of its setting
+    poolings: Sequence[str], # pooling modes in which it is embedded
     parts: tuple[Recordings, Recordings], # training part, held-out part
-    history: History, # history of its training
+    **more: float, # scores measured elsewhere
 ) -> list[Result]: # one for each pooling mode
-    "Embed every clip with a trained model and return the scores."
-    last, labels = history.rows[-1], tuple(part.labels for part in parts)
-    more = dict(reconstruction=last["heldout_reconstruction"], seconds=last["seconds"])
-    return [
-        Result.of((setting, mode, model.cfg.seed), tuple(_embed(model, part, mode) for part in parts), labels, **more)
-        for mode in experiment.poolings(setting)
-    ]
+    "Embed every clip with a model and return the scores."
+    labels = tuple(part.labels for part in parts)
+    return [Result.of((who, mode, model.cfg.seed), tuple(_embed(model, part, mode) for part in parts), labels, **more)
+            for mode in poolings]
 
 # %% ../nbs/42_lab.ipynb #8ebaa7fe
 COMPARISON_FILES = (  # files that compare_losses and `audiomaepp lab` write
@@ -552,10 +560,10 @@ def _slug(name: str) -> str:
 
 def run_folder(
     folder: str | os.PathLike, # folder of the comparison
-    setting: str, # name of the setting, or `BASELINE`
+    setting: str, # name of the setting, or of a baseline
     seed: int, # seed of the training
 ) -> Path:
-    "Return the folder of one training, or of the baseline."
+    "Return the folder of one training, or of a baseline."
     old = Path(folder) / _slug(_OLD_BASELINE)
     home = old if setting == BASELINE and old.exists() else Path(folder) / _slug(setting)
     return home / f"seed{seed}"
@@ -663,25 +671,33 @@ def write_comparison(
     with only_writer(folder):
         facts = dict(chance=comparison.chance, skipped=comparison.skipped)
         begin_folder(folder, comparison.experiment, comparison.held_out, facts)
-        _write_results(run_folder(folder, BASELINE, 0), [comparison.baseline], History())
+        for name, found in itertools.groupby(comparison.baselines, lambda result: result.setting):
+            _write_results(run_folder(folder, name, 0), list(found), History())
         for (setting, seed), history in comparison.histories.items():
             results = [r for r in comparison.results if (r.setting, r.seed) == (setting, seed)]
             failed = comparison.failed.get((setting, seed), "")
             _write_results(run_folder(folder, setting, seed), results, history, failed)
 
 # %% ../nbs/42_lab.ipynb #fe40b0e4
-def _read_baseline(folder: Path, results: list[Result]) -> Result:
-    "Return the baseline with at least the accuracies of the results; raise `ValueError` that names a damaged file."
-    found, *_ = _read_results(folder)
-    missing = [name for name in ACCURACIES if any(name in r.scores for r in results)
-               and not all(name in r.scores for r in found)]
-    if len(found) != 1 or missing:
-        scores = ", ".join(name for result in found for name in result.scores) or "no scores"
-        raise damaged(folder / "results.json", f"a file of one result with {' and '.join(missing) or 'scores'}",
-                      f"{count_of(len(found), 'result')} with {scores}")
-    return replace(found[0], setting=BASELINE)
+def _read_baselines(folder: str | os.PathLike, results: list[Result]) -> list[Result]:
+    "Return baselines with at least the accuracies of the results; raise `ValueError` that names a damaged file."
+    if not _is_finished(run_folder(folder, BASELINE, 0)):
+        raise ValueError(f"{folder} has no results yet; continue it with compare_losses(…, out={str(folder)!r})")
+    baselines = []
+    for name in (BASELINE, UNTRAINED):
+        if not _is_finished(at := run_folder(folder, name, 0)):  # version 0.1 had no untrained network
+            continue
+        found, *_ = _read_results(at)
+        missing = [key for key in ACCURACIES if any(key in r.scores for r in results)
+                   and not all(key in r.scores for r in found)]
+        if not found or missing:
+            scores = ", ".join(key for result in found for key in result.scores) or "no scores"
+            raise damaged(at / "results.json", f"a file of results with {' and '.join(missing) or 'scores'}",
+                          f"{count_of(len(found), 'result')} with {scores}")
+        baselines += [replace(result, setting=name) for result in found]
+    return baselines
 
-
+# %% ../nbs/42_lab.ipynb #fe40b0e5
 def _read_held_out(path: Path, rows: set[int]) -> "pd.DataFrame":
     "Return the held-out clips, one for each row of the results; raise `ValueError` that names a damaged file."
     table = check_columns(read_parquet(path, ["path", "label"]), path)
@@ -711,14 +727,12 @@ def read_comparison(
     folders = {run: at for run in experiment.runs() if _is_finished(at := run_folder(folder, *run))}
     read = {run: _read_run(at, run) for run, at in folders.items()}
     results = [result for found, _, _ in read.values() for result in found]
-    if not _is_finished(run_folder(folder, BASELINE, 0)):
-        raise ValueError(f"{folder} has no results yet; continue it with compare_losses(…, out={str(folder)!r})")
-    baseline = _read_baseline(run_folder(folder, BASELINE, 0), results)
-    held_out = _read_held_out(path.with_name("held_out.parquet"), {len(r.x) for r in [baseline, *results]})
+    baselines = _read_baselines(folder, results)
+    held_out = _read_held_out(path.with_name("held_out.parquet"), {len(r.x) for r in [*baselines, *results]})
     with naming(path):
         skipped = Skipped((where, why) for where, why in facts["skipped"])
     failed = {run: why for run, (_, _, why) in read.items() if why}
-    return dict(experiment=experiment, held_out=held_out, results=results, baseline=baseline, chance=facts["chance"],
+    return dict(experiment=experiment, held_out=held_out, results=results, baselines=baselines, chance=facts["chance"],
                 histories={run: history for run, (_, history, _) in read.items()}, skipped=skipped, failed=failed)
 
 # %% ../nbs/42_lab.ipynb #fe40b0e3
@@ -735,9 +749,10 @@ def same_numbers(
     other: Comparison, # second comparison
 ) -> bool:
     "Return whether two comparisons have the same numbers, training time left out."
-    if asdict(one.experiment) != asdict(other.experiment) or len(one.results) != len(other.results):
+    found = [[*each.baselines, *each.results] for each in (one, other)]
+    if asdict(one.experiment) != asdict(other.experiment) or len(found[0]) != len(found[1]):
         return False
-    pairs = zip([one.baseline, *one.results], [other.baseline, *other.results], strict=True)
+    pairs = list(zip(*found, strict=True))
     arrays = [(vars(a)[name], vars(b)[name]) for a, b in pairs for name in _ARRAYS]
     return _timeless(one) == _timeless(other) and all(np.array_equal(a, b, equal_nan=True) for a, b in arrays)
 
@@ -768,12 +783,12 @@ def _versions_of(folder: Path, experiment: Experiment) -> dict[str, str]:
     return _experiment_of(path).versions if finished and path.exists() else experiment.versions
 
 
-def score_baseline(
+def score_baselines(
     experiment: Experiment, # design of the comparison
     parts: tuple[Recordings, Recordings], # training part, held-out part
     folder: Path, # folder of the comparison
 ):
-    "Create the folder and write the scores of log-mel statistics."
+    "Create the folder and write the scores of log-mel statistics and of the first model before its training."
     train, test = parts
     labels = train.labels, test.labels
     known = all((y >= 0).any() for y in labels)
@@ -784,6 +799,11 @@ def score_baseline(
         baseline = Result.of((BASELINE, "", 0), features, labels)
         baseline.scores = {name: baseline.scores[name] for name in ACCURACIES if name in baseline.scores}
         _write_results(at, [baseline], History())
+    same = experiment.versions == _library_versions()  # a finished comparison of another version is only read
+    if same and not _is_finished(at := run_folder(folder, UNTRAINED, 0)):
+        setting, seed = experiment.runs()[0]
+        model = untrained_model(experiment.config(setting, seed))
+        _write_results(at, score_model(model, UNTRAINED, experiment.poolings(setting), parts), History())
 
 # %% ../nbs/42_lab.ipynb #ad82d5c8
 def run_one(
@@ -799,7 +819,9 @@ def run_one(
         sweep(at)
         try:
             model, history = train_one(cfg, at, parts, wants_pairs(experiment, parts[0]), bar)
-            _write_results(at, score_model(model, run[0], experiment, parts, history), history)
+            last = history.rows[-1]
+            more = dict(reconstruction=last["heldout_reconstruction"], seconds=last["seconds"])
+            _write_results(at, score_model(model, run[0], experiment.poolings(run[0]), parts, **more), history)
         except FloatingPointError as error:  # the loss diverged; the other settings can still be compared
             _write_results(at, [], History(), str(error))
     bar.update(first + cfg.epochs - bar.n)
@@ -848,6 +870,6 @@ def compare_losses(
         experiment.data = {"train": _digest(train), "held_out": _digest(test)}
         experiment.split = _split_arguments(data, how)
         experiment.versions = _versions_of(folder, experiment)
-        score_baseline(experiment, (train, test), folder)
+        score_baselines(experiment, (train, test), folder)
         run_all(experiment, (train, test), folder, quiet)
-        return Comparison.load(folder)
+        return replace(Comparison.load(folder), sounds=test)

@@ -23,22 +23,26 @@ from .evaluate import wilson_interval
 from .files import write_atomic
 from audiomaepp.lab import (
     ACCURACIES,
-    BASELINE,
     CHANCE,
     MEASURES,
     Comparison,
     Experiment,
     Result,
+    baselines_of,
     class_codes,
     count_of,
     plain_value,
     results_of,
 )
-from .tables import html_table, render, text_table
+from .tables import html_table, paths_of, render, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from audiomaepp.data import Recordings
+    from audiomaepp.explorer import Explorer
+    from audiomaepp.maps import AlignedMaps
 
 # %% ../nbs/43_report.ipynb #5b8e2d09
 def seed_margin(
@@ -62,6 +66,13 @@ def labeled_clips(
 ) -> int:
     "Return the number of held-out clips with a label, on which accuracies are measured."
     return int(comparison.held_out["label"].notna().sum())
+
+
+def trained_rows(
+    comparison: Comparison, # trained settings
+) -> "pd.DataFrame":
+    "Return the rows of the table that were trained: all but the baselines and chance."
+    return comparison.table.drop([*baselines_of(comparison), CHANCE])
 
 
 def margin_of(
@@ -146,7 +157,7 @@ def find_verdicts(
     comparison: Comparison,
 ) -> list[Verdict]: # for knn, linear, and reconstruction where all settings mask alike
     "Return a verdict for each column in which more or less is better."
-    rows = comparison.table.drop([BASELINE, CHANCE])
+    rows = trained_rows(comparison)
     found = [verdict_on(comparison, rows, name) for name in ACCURACIES if name in rows]
     masked_alike = not any(name in fields for fields in comparison.experiment.settings.values() for name in _MASKING)
     if masked_alike and len(rows) and len(comparison.experiment.seeds) > 1:
@@ -170,15 +181,16 @@ _SIDES = ("below it", "equal to it", "above it by no more than the margin", "abo
 def against_baseline(
     comparison: Comparison,
 ) -> list[str]: # a sentence for each accuracy
-    "Return which rows are below the baseline, which are equal to it, and which are clearly above it."
-    rows, words = comparison.table.drop([BASELINE, CHANCE]), []
+    "Return which rows are below the best baseline, which are equal to it, and which are clearly above it."
+    rows, words = trained_rows(comparison), []
     for column in (name for name in ACCURACIES if name in rows):
-        baseline, found = comparison.baseline.scores[column], {side: [] for side in _SIDES}
-        for name, gap in (rows[column].dropna() - baseline).round(9).items():
+        scores = {name: result.scores[column] for name, result in baselines_of(comparison).items()}
+        best, found = max(scores, key=scores.get), {side: [] for side in _SIDES}
+        for name, gap in (rows[column].dropna() - scores[best]).round(9).items():
             clear = gap > margin_of(comparison, rows, column, [name])
             found[_SIDES[(gap >= 0) + (gap > 0) + clear]].append(name)
         said = [f"{who_of(names, len(rows))} {side}" for side, names in found.items() if names]
-        words += [f"{MEASURES[column]}, baseline {baseline:.2f}: {'; '.join(said)}"] * bool(said)
+        words += [f"{MEASURES[column]}, baseline {scores[best]:.2f} ({best}): {'; '.join(said)}"] * bool(said)
     return words
 
 
@@ -379,6 +391,11 @@ def heading_of_shift(
             f"{shift.moved:.0%} of a clip's ten neighbors changed, {usual}")
 
 
+def _trained(comparison: Comparison, *results: Result) -> bool:
+    "Return whether none of the results is a baseline."
+    return not any(result in comparison.baselines for result in results)
+
+
 def find_shift(
     comparison: Comparison,
     before: str, # row of the table, or name of a setting
@@ -387,44 +404,126 @@ def find_shift(
 ) -> Shift:
     "Return which classes and clips moved between two rows, and which confusions went away."
     a, b = results_of(comparison, before, seed), results_of(comparison, after, seed)
-    pairs = [(x, y) for x in a for y in b if x.seed == y.seed or comparison.baseline in (x, y)]
+    pairs = [(x, y) for x in a for y in b if x.seed == y.seed or not _trained(comparison, x, y)]
     if not pairs:
         raise ValueError(f"{before!r} and {after!r} have no finished seed in common; finish the comparison first")
     same = [pair for results in (a, b) for pair in itertools.combinations(results, 2)]
     moved, usual = ([moved_share(x.nearest, y.nearest) for x, y in some] for some in (pairs, same))
-    seeds = sorted({(y if x is comparison.baseline else x).seed for x, y in pairs})
+    seeds = sorted({result.seed for pair in pairs for result in pair if _trained(comparison, result)}) or [0]
     clips = clip_shifts(comparison, pairs)
     return Shift(before, after, comparison.experiment.protocol, seeds, float(np.mean(moved)),
                  float(np.mean(usual)) if usual else float("nan"), class_shifts(clips),
                  sort_clips(clips), confusion_shifts(comparison, pairs))
 
 # %% ../nbs/43_report.ipynb #14e90885
+_MOST_CLIPS = 5000 # clips of aligned maps; memory grows with the square of their number
+
+
+class Maps(NamedTuple):
+    "Aligned maps of some rows of a comparison."
+
+    maps: "AlignedMaps" # positions by row
+    results: dict[str, Result] # results by row
+    rows: np.ndarray # (n,) held-out clips that are shown
+    numbers: dict[str, dict[str, float]] # scores by row
+    title: str # data set, and seed or number of clips if they are not all
+
+
+def _usual_rows(comparison: Comparison) -> list[str]:
+    "Return a row for each setting and baseline: that of the pooling mode with which it is trained, or the first."
+    experiment, rows = comparison.experiment, {}
+    named = [(r.setting, r.pooling, experiment.row(r.setting, r.pooling)) for r in comparison.results]
+    named += [(r.setting, r.pooling, name) for name, r in baselines_of(comparison).items()]
+    for setting, pooling, name in named:
+        usual = experiment.config(setting, 0).pooling_mode if setting in experiment.settings else ""
+        rows[setting] = name if pooling == usual else rows.get(setting, name)
+    return list(rows.values())
+
+
+def make_maps(
+    comparison: Comparison,
+    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and the baselines
+    seed: int | None = None, # seed of the training; None: the first
+) -> Maps:
+    "Return aligned maps of the held-out clips; the layouts are kept in the comparison."
+    from audiomaepp.maps import aligned_umap
+
+    experiment, names = comparison.experiment, settings if settings is not None else _usual_rows(comparison)
+    shown = {name: results_of(comparison, name, seed)[0] for name in names}
+    n = len(comparison.held_out)
+    rows = np.sort(np.random.default_rng(0).permutation(n)[:_MOST_CLIPS])
+    key = tuple((name, result.seed) for name, result in shown.items())
+    if key not in comparison.maps:
+        comparison.maps[key] = aligned_umap({name: result.x[rows] for name, result in shown.items()})
+    numbers = {name: {MEASURES[score]: result.scores[score] for score in ("knn", "linear", "rankme")
+                      if score in result.scores} for name, result in shown.items()}
+    seeds = {result.seed for result in shown.values() if _trained(comparison, result)}
+    title = experiment.source + f", seed {min(seeds, default=0)}" * (len(experiment.seeds) > 1 and len(seeds) == 1)
+    title += f", {len(rows):,} of {n:,} clips" * (len(rows) < n)
+    return Maps(comparison.maps[key], shown, rows, numbers, title)
+
+# %% ../nbs/43_report.ipynb #5b8e2d42
+def _values_of(
+    comparison: Comparison,
+    color: str, # column of the held-out table
+) -> np.ndarray:
+    "Return a column of the held-out table; class codes for the label."
+    if color not in comparison.held_out:
+        columns = ", ".join(comparison.held_out.columns)
+        raise ValueError(f"color={color!r} is not a column of the clips; use one of {columns}")
+    return class_codes(comparison) if color == "label" else comparison.held_out[color].to_numpy()
+
+
 def draw_maps(
     comparison: Comparison,
     color: str = "label", # column of the held-out table that colors the clips: label, pitch, speaker, fold, …
-    settings: Sequence[str] | None = None, # rows of the table, in this order; None: all, and the baseline
+    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and the baselines
     seed: int | None = None, # seed of the training; None: the first
     columns: int | None = None, # maps in a row; None: two for four maps, otherwise up to three
 ) -> "Figure":
     "Draw maps of the held-out clips that can be compared, with scores below each."
-    from audiomaepp.maps import aligned_umap, plot_maps
+    from audiomaepp.maps import plot_maps
 
-    held_out, several = comparison.held_out, len(comparison.experiment.seeds) > 1
-    if color not in held_out:
-        raise ValueError(f"color={color!r} is not a column of the clips; use one of {', '.join(held_out.columns)}")
-    shown = {row: results_of(comparison, row, seed)[0] for row in settings or comparison.table.index.drop(CHANCE)}
-    key = tuple((row, result.seed) for row, result in shown.items())
-    if key not in comparison.maps:
-        comparison.maps[key] = aligned_umap({row: result.x for row, result in shown.items()})
-    maps, by_label, below = comparison.maps[key], color == "label", ("knn", "linear", "rankme")
-    numbers = {row: {MEASURES[name]: result.scores[name] for name in below if name in result.scores}
-               for row, result in shown.items()}
-    seeds = {result.seed for result in shown.values() if result is not comparison.baseline}
-    title = comparison.experiment.source + f", seed {min(seeds, default=0)}" * (several and len(seeds) == 1)
-    return plot_maps(maps, class_codes(comparison) if by_label else held_out[color].to_numpy(), title,
-                     held_out=comparison.experiment.protocol, names=comparison.experiment.classes if by_label else None,
-                     numbers=numbers, columns=columns or (2 if len(maps) == 4 else min(3, len(maps))),
-                     legend="" if by_label else color)
+    values, by_label = _values_of(comparison, color), color == "label"
+    shown, experiment = make_maps(comparison, settings, seed), comparison.experiment
+    return plot_maps(shown.maps, values[shown.rows], shown.title, held_out=experiment.protocol, numbers=shown.numbers,
+                     names=experiment.classes if by_label else None, legend="" if by_label else color,
+                     columns=columns or (2 if len(shown.maps) == 4 else min(3, len(shown.maps))), panel_size=2.6)
+
+# %% ../nbs/43_report.ipynb #5b8e2d44
+def explore_settings(
+    comparison: Comparison,
+    color: str = "label", # column of the held-out table that colors the clips first
+    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and the baselines
+    seed: int | None = None, # seed of the training; None: the first
+) -> "Explorer":
+    "Return a map of the held-out clips with sound, on which a switch changes the setting."
+    from audiomaepp.explorer import explore
+
+    _values_of(comparison, color)
+    shown, experiment = make_maps(comparison, settings, seed), comparison.experiment
+    clips = comparison.held_out.iloc[shown.rows].assign(row=shown.rows)
+    clips = clips.drop(columns=[c for c in clips if c == "path_bytes" or clips[c].isna().all()])
+    numbers = dict(shown.numbers)
+    if comparison.chance is not None:
+        numbers[CHANCE] = {MEASURES[name]: comparison.chance for name in ACCURACIES}
+    return explore(
+        {name: result.x[shown.rows] for name, result in shown.results.items()}, clips, _sounds(comparison, shown.rows),
+        held_out=experiment.protocol, color=color if color in clips else None,
+        names=experiment.classes if color == "label" else None, numbers=numbers, maps=shown.maps, title=shown.title,
+        baselines=[name for name, result in shown.results.items() if not _trained(comparison, result)])
+
+
+def _sounds(
+    comparison: Comparison,
+    rows: np.ndarray, # (n,) held-out clips
+) -> "Recordings | list[str | None] | None": # None: no clip can be heard
+    "Return the sounds of some held-out clips: those in memory, or the files that exist."
+    if comparison.sounds is not None:
+        return comparison.sounds.select(rows)
+    paths = paths_of(comparison.held_out)
+    files = [path if os.path.isfile(path) else None for path in (paths[i] for i in rows)]
+    return files if any(files) else None
 
 # %% ../nbs/43_report.ipynb #5b8e2d1e
 def draw_curves(
@@ -440,45 +539,20 @@ def draw_curves(
     return plot_histories({name: rows for name, rows in runs.items() if rows}, columns, across=across)
 
 # %% ../nbs/43_report.ipynb #ec795b48
-class Panel(NamedTuple):
-    "A panel of a figure."
-
-    alt: str # description
-    png: str # base64
-    bar: bool # whether it is a color bar
-
-
-class Entry(NamedTuple):
-    "An entry of a legend."
-
-    points: str # corners of its symbol, as in SVG
-    color: str # "#rrggbb"
-    text: str # name
-
-
 class Drawn(NamedTuple):
     "A figure, cut into pieces for a page."
 
-    images: list[Panel] # panels
-    notes: list[str] # text below the panels
-    legend: list[Entry] # entries
-
-
-def _entry(handle, text: str) -> Entry:
-    "Return the entry of a line or of a group of points."
-    from matplotlib.colors import to_hex
-
-    if hasattr(handle, "get_color"):
-        return Entry("-.5,-.15 .5,-.15 .5,.15 -.5,.15", to_hex(handle.get_color()), text)
-    corners = handle.get_paths()[0].to_polygons()[0]
-    return Entry(" ".join(f"{x:.2f},{-y:.2f}" for x, y in corners), to_hex(handle.get_facecolor()[0]), text)
+    images: list[tuple[str, str]] # description and PNG (base64) of each panel
+    legend: list[tuple[str, str]] # color (#rrggbb) and name of each line
 
 
 def cut_figure(
-    figure: "Figure", # figure of maps or curves; it cannot be used afterwards
+    figure: "Figure", # figure of curves; it cannot be used afterwards
     says: str, # subject of the panels, beginning of their descriptions
 ) -> Drawn:
     "Return the panels of a figure as images of one size, and its legend as text."
+    from matplotlib.colors import to_hex
+
     axes = [ax for ax in figure.axes if ax.get_visible()]
     for ax in axes:
         ax.tick_params(labelbottom=True)  # each panel becomes an image of its own
@@ -486,18 +560,15 @@ def cut_figure(
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # nothing moves when the other panels are hidden
     inner = np.array([ax.get_window_extent().extents for ax in axes])  # left, low, right, high, in pixels
-    outer = np.array([ax.get_tightbbox().extents for ax in axes])
-    titled = np.array([bool(ax.get_title()) for ax in axes])  # a color bar is not
-    room = (outer - inner)[titled]
-    frame = np.where(titled[:, None], inner + np.r_[room[:, :2].min(0), room[:, 2:].max(0)], outer)
-    notes = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
-    legend = [_entry(handle, text.get_text()) for legend in figure.legends
-              for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)]
+    room = np.array([ax.get_tightbbox().extents for ax in axes]) - inner
+    frames = inner + np.r_[room[:, :2].min(0), room[:, 2:].max(0)]
+    legend = [(to_hex(line.get_color()), text.get_text()) for legend in figure.legends
+              for line, text in zip(legend.legend_handles, legend.get_texts(), strict=True)]
     for part in [*axes, *figure.texts, *figure.legends]:
         part.set_visible(False)
-    images = [Panel(f"{says}: {' '.join(ax.get_title().split())}" if name else "colors", _png(ax, box), not name)
-              for ax, name, box in zip(axes, titled, frame, strict=True)]
-    return Drawn(images, list(filter(None, notes)), legend)
+    images = [(f"{says}: {' '.join(ax.get_title().split())}", _png(ax, box))
+              for ax, box in zip(axes, frames, strict=True)]
+    return Drawn(images, legend)
 
 
 def _png(ax, box: np.ndarray) -> str:
@@ -509,40 +580,16 @@ def _png(ax, box: np.ndarray) -> str:
     part, whole, small = Bbox.from_extents(box / ax.figure.dpi).padded(0.04), io.BytesIO(), io.BytesIO()
     ax.figure.savefig(whole, format="png", dpi=ax.figure.dpi, bbox_inches=part, facecolor="white")
     ax.set_visible(False)
-    # 128 colors: a report of four settings has 0.25 MB instead of 0.86
+    # 128 colors: a third of the size, and no difference that can be seen
     Image.open(whole).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
-
-# %% ../nbs/43_report.ipynb #1ccafa8d
-def columns_to_map(
-    held_out: "pd.DataFrame", # held-out clips
-    most: int = 3, # largest number of columns
-) -> list[str]:
-    "Return the columns, without the label, that are useful as a color."
-    found = []
-    for name in held_out.columns.drop(["path", "path_bytes", "label"], errors="ignore"):
-        values = held_out[name].dropna()
-        numbers = values.dtype.kind == "f" and (values != values.round()).any()
-        if (numbers and values.nunique() > 2) or 1 < values.nunique() <= min(12, len(values) // 2):
-            found.append(name)
-    return found[:most]
-
-
-def report_maps(
-    comparison: Comparison,
-) -> dict[str, Drawn]:
-    "Return the maps of a report by the column that colors them, the label first."
-    columns = ["label"] if (class_codes(comparison) >= 0).any() else []
-    columns = (columns + columns_to_map(comparison.held_out)) or ["label"]
-    across = len(comparison.table) - 1
-    return {name: cut_figure(comparison.map(name, columns=across), f"map by {name}") for name in columns}
 
 # %% ../nbs/43_report.ipynb #dc7c31a4
 def report_movement(
     comparison: Comparison,
 ) -> dict | None: # words, shift; None for a single row
     "Return the shift from the first row to the other row with the highest kNN-10, and why that row was chosen."
-    rows = comparison.table.drop([BASELINE, CHANCE])
+    rows = trained_rows(comparison)
     if len(rows) < 2:
         return None
     others, why = rows.iloc[1:], ""
@@ -605,14 +652,20 @@ def write_report(
     path: str | os.PathLike, # HTML file to write
     title: str = "What each setting does", # heading of the page
     repeat: str = "", # command that runs the comparison again; the Python call by default
-    maps: bool = True, # whether to include maps of the held-out clips
-    pictures: bool = True, # whether to include maps and curves
+    maps: bool = True, # whether to include the map of the held-out clips
+    pictures: bool = True, # whether to include map and curves
 ) -> Path:
-    "Write table, pictures, movement, settings and method as one HTML file; return its path."
-    curves = pictures and any(history.rows for history in comparison.histories.values())
+    "Write table, map, curves, movement, settings and method as one HTML file; return its path."
+    from audiomaepp.explorer import _policy, _static, page_parts
+
+    path, curves = Path(path), pictures and any(history.rows for history in comparison.histories.values())
+    payload = explore_settings(comparison).linked(path.parent) if pictures and maps else {}
+    explorer, script, style = page_parts(payload) if payload else ("", "", "")
+    style = _static("report.css") + style
     page = render(
         "report.html", title=title, heading=heading_of(comparison), table=html_table("", cells_of(comparison)),
-        remarks=comparison.remarks(), maps=report_maps(comparison) if pictures and maps else None,
+        remarks=comparison.remarks(), explorer=explorer, script=script, style=style,
+        policy=_policy(script, None, bool(payload.get("links"))),
         curves=cut_figure(comparison.curves(across=100), "curve") if curves else None,
         movement=report_movement(comparison), settings=report_settings(comparison.experiment), protocol=_PROTOCOL,
         skipped=[f"{where}: {why}" for where, why in comparison.skipped],
@@ -620,4 +673,4 @@ def write_report(
         repeat=repeat or repeat_call(comparison.experiment),
     )
     write_atomic(path, page.encode())
-    return Path(path)
+    return path

@@ -166,7 +166,7 @@ def _searched(folder):
 def _compared(folder):
     comparison = Comparison.load(folder / "lab")
     str(comparison), comparison._repr_html_(), class_codes(comparison)
-    return [result.x for result in [comparison.baseline, *comparison.results]]
+    return [result.x for result in [*comparison.baselines, *comparison.results]]
 
 
 def _drawn(folder):

@@ -160,7 +160,7 @@ def a_run(text, folder):
 
 
 def lab_report(text, folder):
-    return comparison_of(text).to_html(folder / "report.html", title=text, repeat=text).read_text("utf-8")
+    return comparison_of(text).report(folder / "report.html", title=text, repeat=text).read_text("utf-8")
 
 
 def html_map(text, folder):
@@ -210,7 +210,7 @@ def test_a_name_that_is_no_utf_8_is_spelt_out(page, tmp_path):
 
 
 def test_a_report_lists_a_path_that_is_no_utf_8(tmp_path):
-    path = comparison_of(PLAIN, path=BYTES).to_html(tmp_path / "report.html", maps=False)
+    path = comparison_of(PLAIN, path=BYTES).report(tmp_path / "report.html", maps=False)
     assert "caf\\xe9" in path.read_text("utf-8")
 
 

@@ -23,7 +23,7 @@ from audiomaepp import lab, report
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings
 from audiomaepp.evaluate import wilson_interval
-from audiomaepp.lab import BASELINE, CHANCE, LOSSES, Comparison, compare_losses, grid
+from audiomaepp.lab import BASELINE, CHANCE, LOSSES, UNTRAINED, Comparison, compare_losses, grid
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.synthetic import synthesize
 from audiomaepp.tables import html_table
@@ -117,7 +117,8 @@ def test_pooling_needs_no_training_of_its_own(sounds, monkeypatch):
     assert len(trained) == 1
     assert list(result.scores["pooling"]) == list(modes)
     assert [r.x.shape[1] for r in result.results] == [32, 32, 64, 32 * config().grid_size[1]]
-    assert list(result.table.index) == [*(f"both · {mode}" for mode in modes), BASELINE, CHANCE]
+    rows = [f"{name} · {mode}" for name in ("both", UNTRAINED) for mode in modes]
+    assert list(result.table.index) == [*rows[:4], BASELINE, *rows[4:], CHANCE]
 
 
 # ---- what is asked for
@@ -351,7 +352,7 @@ def test_a_training_that_diverges_is_reported_and_the_others_are_compared(sounds
     whole = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", fit)
     result = compare_losses(sounds, TWO, base=config(epochs=1), out=tmp_path / "out", quiet=True)
-    assert list(result.table.index) == ["neither", BASELINE, CHANCE] and not result.unfinished
+    assert list(result.table.index) == ["neither", BASELINE, UNTRAINED, CHANCE] and not result.unfinished
     assert "“both” (seed 0) failed: the loss is nan at step 3; base_lr below 1 may help" in str(result)
     result.save(tmp_path / "saved")
     assert Comparison.load(tmp_path / "saved").failed == result.failed
@@ -365,7 +366,7 @@ def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, 
     halfway = Comparison.load(tmp_path)
     assert list(halfway.table.index) == [BASELINE, CHANCE] and len(halfway.scores) == 0
     assert len(halfway.unfinished) == 4 and "not finished: “neither” (seed 0)" in str(halfway) + halfway._repr_html_()
-    assert "not finished" in halfway.to_html(tmp_path / "report.html", pictures=False).read_text()
+    assert "not finished" in halfway.report(tmp_path / "report.html", pictures=False).read_text()
     lab.run_folder(tmp_path, BASELINE, 0).joinpath("results.json").unlink()
     with pytest.raises(ValueError, match="continue it with compare_losses"):
         Comparison.load(tmp_path)
@@ -375,15 +376,16 @@ def test_a_comparison_killed_in_its_first_training_can_be_looked_at(comparison, 
 
 
 def test_the_table_holds_mean_and_spread_over_seeds(comparison):
-    rows = ["neither · mean", "neither · cls", "both · mean", "both · cls", BASELINE, CHANCE]
-    assert list(comparison.table.index) == rows
+    rows = ["neither · mean", "neither · cls", "both · mean", "both · cls"]
+    baselines = [BASELINE, f"{UNTRAINED} · mean", f"{UNTRAINED} · cls"]
+    assert list(comparison.table.index) == [*rows, *baselines, CHANCE]
     scores = comparison.scores.query("setting == 'both' and pooling == 'cls'")
     assert list(scores["seed"]) == [0, 1]
     row = comparison.table.loc["both · cls"]
     for name in lab.MEASURES:
         values = scores[name].to_numpy()
         assert row[name] == pytest.approx(values.mean()) and row[f"{name}_sd"] == pytest.approx(values.std(ddof=1))
-    assert comparison.table.loc[BASELINE, "knn"] == comparison.baseline.scores["knn"]
+    assert comparison.table.loc[BASELINE, "knn"] == comparison.baselines[0].scores["knn"]
     assert comparison.table.loc[CHANCE, ["knn", "linear"]].tolist() == [0.25, 0.25]
     first, second = (comparison.histories["both", seed]["loss"] for seed in (0, 1))
     assert first != second
@@ -399,8 +401,9 @@ def with_scores(comparison, column, values, baseline=None):
     seeds = list(range(len(next(iter(values.values())))))
     experiment = dataclasses.replace(comparison.experiment, seeds=seeds)
     histories = {(r.setting, r.seed): comparison.histories[r.setting, 0] for r in copies}
-    below = dataclasses.replace(comparison.baseline, scores=dict.fromkeys(("knn", "linear"), baseline or 0.5))
-    changes = dict(results=copies, experiment=experiment, histories=histories, baseline=below, maps={})
+    below = [dataclasses.replace(b, scores=dict.fromkeys(("knn", "linear"), (baseline or 0.5) - 0.05 * i))
+             for i, b in enumerate(comparison.baselines)]  # the first is the best one
+    changes = dict(results=copies, experiment=experiment, histories=histories, baselines=below, maps={})
     return Comparison(**{**vars(comparison), **changes})
 
 
@@ -453,7 +456,7 @@ def test_the_baseline_is_put_in_words(comparison):
     def said(neither, both, baseline, seeds=2):
         scores = {"neither": (neither,) * seeds, "both": (both,) * seeds}
         remarks = with_scores(comparison, "knn", scores, baseline).remarks()
-        return next(line for line in remarks if line.startswith(f"kNN-10, baseline {baseline:.2f}: "))
+        return next(line for line in remarks if line.startswith(f"kNN-10, baseline {baseline:.2f} ({BASELINE}): "))
 
     assert said(0.3, 0.4, 0.75).endswith("all are below it")
     assert said(0.9, 1.0, 0.1).endswith("all are above it by more than the margin")
@@ -471,7 +474,7 @@ def test_a_sentence_tells_the_name_of_a_setting_from_its_own_words(comparison, t
     changed = with_scores(comparison, "knn", {"neither": (0.3, 0.3), "both": (0.99, 0.99)}, 0.4)
     changed.results[0].warning, changed.failed = "they have collapsed", {("both", 7): "the loss is nan"}
     changed.histories = {}
-    page = html.unescape(changed.to_html(tmp_path / "report.html", pictures=False).read_text("utf-8"))
+    page = html.unescape(changed.report(tmp_path / "report.html", pictures=False).read_text("utf-8"))
     said = [*changed.remarks(), *re.findall("From .*? to .*?</p>", page)]
     assert len(said) >= 7
     for sentence in said:
@@ -555,7 +558,7 @@ def test_a_movement_as_between_two_seeds_is_no_finding(comparison):
 def test_the_report_calls_no_row_of_equals_the_best(comparison, tmp_path):
     results = [lab.Result(**{**vars(r), "scores": {**r.scores, "knn": 0.5}}) for r in comparison.results]
     tied = Comparison(**{**vars(comparison), "results": results})
-    page = tied.to_html(tmp_path / "report.html", pictures=False).read_text()
+    page = tied.report(tmp_path / "report.html", pictures=False).read_text()
     same = "“neither · cls”, “both · mean” and “both · cls” have the same kNN-10"
     assert f"From “neither · mean” to “neither · cls”: {same}." in page
     assert f"kNN-10: “neither · mean”, {same.removesuffix(' have the same kNN-10')} are equal" in page
@@ -582,33 +585,68 @@ def test_text_stands_left_in_a_table_and_numbers_right(comparison):
 def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
     figure = comparison.plot()
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert titles == ["neither · mean", "neither · cls", "both · mean", "both · cls", BASELINE]
+    assert titles == ["neither · mean", "both · mean", BASELINE, f"{UNTRAINED} · mean"]
     numbers = [ax.get_xlabel().replace("\xa0", " ") for ax in figure.axes if ax.get_title()]
-    assert all("kNN-10" in line and "trust" in line for line in numbers) and "RankMe" not in numbers[-1]
-    assert f"held-out clips: {comparison.experiment.protocol}" in figure.get_suptitle()
+    assert all("kNN-10" in line and "trust" in line for line in numbers) and "RankMe" not in numbers[2]
+    assert f"held-out clips: {comparison.experiment.protocol}" in " ".join(figure.get_suptitle().split())
     assert len(comparison.plot("pitch", ["neither", "both · cls"], seed=1).axes) == 3  # two maps and a color bar
     assert len(comparison.maps) == 2 and comparison.plot("tempo") and len(comparison.maps) == 2
-    assert Comparison.plot is Comparison.map and Comparison.to_html is Comparison.report
-    for arguments, words in [(("color",), "not a column"), (("label", ["non"]), "must be a row of")]:
-        with pytest.raises(ValueError, match=words):
-            comparison.plot(*arguments)
+    for draw in (comparison.plot, comparison.map):
+        for arguments, words in [(("color",), "not a column"), (("label", ["non"]), "must be a row of")]:
+            with pytest.raises(ValueError, match=words):
+                draw(*arguments)
 
 
-def test_pictures_in_the_report_are_one_for_each_panel(comparison, tmp_path):
-    page = comparison.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
-    for row in comparison.table.index.drop(CHANCE):
-        assert f'alt="map by label: {row}"' in page and f'alt="map by pitch: {row}"' in page
+def test_a_person_can_switch_settings_on_the_map_and_hear_the_clips(comparison, tmp_path):
+    payload = comparison.map().payload
+    settings = {s["name"]: s for s in payload["settings"]}
+    assert list(settings) == ["neither · mean", "both · mean", BASELINE, f"{UNTRAINED} · mean"]
+    assert [s["baseline"] for s in settings.values()] == [False, False, True, True]
+    trained = next(r for r in comparison.results if (r.setting, r.pooling, r.seed) == ("both", "mean", 0))
+    assert settings["both · mean"]["numbers"]["kNN-10"] == f"{trained.scores['knn']:.2f}", "of the seed that is shown"
+    assert payload["references"] == {CHANCE: {"kNN-10": "0.25", "linear": "0.25"}}
+    assert payload["names"] == [path.split("/")[-1] for path in comparison.held_out["path"]]
+    assert len(payload["previews"]) == len(comparison.held_out) and all(payload["previews"])
+    comparison.save(tmp_path)
+    again = Comparison.load(tmp_path).map().payload
+    assert again["previews"] is None and not again["sound"], "sounds that were only in memory are gone"
+    assert again["settings"] == payload["settings"]
+
+
+def test_a_stored_comparison_plays_the_files_of_its_clips(comparison, sounds, tmp_path):
+    rate, paths = sounds.sample_rate, []
+    for i in range(len(comparison.held_out)):
+        paths.append(str(tmp_path / f"{i}.wav"))
+        soundfile.write(paths[-1], comparison.sounds.wav(i).numpy(), rate)
+    os.unlink(paths[3])
+    files = dataclasses.replace(comparison, sounds=None, held_out=comparison.held_out.assign(path=paths))
+    previews = files.map().payload["previews"]
+    assert [i for i, preview in enumerate(previews) if preview is None] == [3]
+
+
+def test_large_comparisons_are_mapped_by_a_sample_that_says_so(comparison, monkeypatch):
+    monkeypatch.setattr(report, "_MOST_CLIPS", 7)
+    fresh = dataclasses.replace(comparison, maps={})
+    payload, rows = fresh.map().payload, report.make_maps(fresh).rows
+    assert payload["n"] == 7 and f"7 of {len(comparison.held_out)} clips" in payload["title"]
+    names = [path.split("/")[-1] for path in comparison.held_out["path"]]
+    assert payload["names"] == [names[i] for i in rows], "names and sounds are those of the sample"
+
+
+def test_the_report_shows_the_map_and_a_picture_for_each_curve(comparison, tmp_path):
+    page = comparison.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    data = json.loads(page.split('id="explorer_data">')[1].split("</script>")[0])
+    assert data == json.loads(json.dumps(comparison.map().payload))
     assert 'alt="curve: RankMe (held-out clips)"' in page
-    by_label, *folded = page.split("<details>")
-    assert "map by label" in by_label and "map by label" not in "".join(folded)
-    assert len(folded) == 3 and all("<summary>" in part and "map by" in part for part in folded)
-    for name in comparison.experiment.classes:
-        assert f"</svg> {name}</span>" in by_label, "the legend is text"
+    for name in comparison.experiment.settings:
+        assert f"</svg> {name}</span>" in page, "the legend is text"
+    policy = page.split('http-equiv="Content-Security-Policy" content="')[1].split('"')[0]
+    assert "default-src 'none'" in policy and "unsafe" not in policy.split("script-src")[1].split(";")[0]
 
 
 def test_a_report_without_maps_keeps_its_curves(comparison, tmp_path):
-    page = comparison.to_html(tmp_path / "report.html", maps=False).read_text(encoding="utf-8")
-    assert "map by" not in page and 'alt="curve: RankMe (held-out clips)"' in page
+    page = comparison.report(tmp_path / "report.html", maps=False).read_text(encoding="utf-8")
+    assert "explorer_data" not in page and 'alt="curve: RankMe (held-out clips)"' in page
 
 
 # ---- the report
@@ -616,7 +654,7 @@ def test_a_report_without_maps_keeps_its_curves(comparison, tmp_path):
 
 def test_the_report_is_one_page_that_says_it_all(comparison, tmp_path):
     again = "audiomaepp lab --data x"
-    path = comparison.to_html(tmp_path / "report.html", "Losses <here>", repeat=again, pictures=False)
+    path = comparison.report(tmp_path / "report.html", "Losses <here>", repeat=again, pictures=False)
     page = path.read_text(encoding="utf-8")
     for words in [
         "Losses &lt;here&gt;", again, comparison.experiment.protocol, BASELINE, "both · cls",
@@ -624,13 +662,13 @@ def test_the_report_is_one_page_that_says_it_all(comparison, tmp_path):
         "prefers-color-scheme: dark", *comparison.remarks(),
     ]:  # fmt: skip
         assert words in page, words
-    assert "http" not in page and "src=" not in page
+    assert "://" not in page and "src=" not in page
 
 
 def test_the_settings_of_a_report_are_those_that_hold(sounds, tmp_path):
     base = config(epochs=1, mask_ratio=0.4)
     result = compare_losses(sounds, grid(mask_ratio=[0.5, 0.6]), base=base, quiet=True)
-    page = result.to_html(tmp_path / "report.html", pictures=False).read_text(encoding="utf-8")
+    page = result.report(tmp_path / "report.html", pictures=False).read_text(encoding="utf-8")
     section = page.split("<h2>Settings</h2>")[1].split("</section>")[0]
     assert "mask_ratio" not in section and "embed_dim=32" in section
 

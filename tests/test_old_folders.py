@@ -57,8 +57,8 @@ def test_a_comparison_loads(old):
     comparison = Comparison.load(old / "lab")
     assert set(comparison.experiment.settings) == {"mask_ratio=0.5", "mask_ratio=0.75"}
     assert len(comparison.held_out) == 12 and "knn" in comparison.table
-    assert comparison.table.loc[BASELINE, "knn"] == comparison.baseline.scores["knn"]
-    assert BASELINE == comparison.baseline.setting != "log-mel statistics (floor)", "its name has changed since"
+    assert comparison.table.loc[BASELINE, "knn"] == comparison.baselines[0].scores["knn"]
+    assert BASELINE == comparison.baselines[0].setting != "log-mel statistics (floor)", "its name has changed since"
 
 
 def test_a_comparison_that_grows_finds_its_baseline(old, monkeypatch):
@@ -68,11 +68,12 @@ def test_a_comparison_that_grows_finds_its_baseline(old, monkeypatch):
     grown = dataclasses.replace(before.experiment)
     grown.settings = before.experiment.settings | {"mask_ratio=0.6": {"mask_ratio": 0.6}}
     clips = synthesize(n=1)
-    lab.score_baseline(grown, (clips, clips), old / "lab")
+    lab.score_baselines(grown, (clips, clips), old / "lab")
     after = Comparison.load(old / "lab")
-    assert after.unfinished == [("mask_ratio=0.6", 0)] and after.baseline.scores == before.baseline.scores
+    assert after.unfinished == [("mask_ratio=0.6", 0)] and after.baselines[0].scores == before.baselines[0].scores
     after.save(old / "lab")
-    assert folders == {path.name for path in (old / "lab").glob("[!.]*")}
+    untrained = lab.run_folder(old / "lab", lab.UNTRAINED, 0).parent.name  # version 0.1 did not have it
+    assert folders | {untrained} == {path.name for path in (old / "lab").glob("[!.]*")}
     after.save(old / "copy")
     again = Comparison.load(old / "copy")
     assert again.same_as(after) and not (old / "copy" / lab.run_folder(old / "lab", BASELINE, 0).parent.name).exists()
