@@ -10,7 +10,7 @@ import pytest
 
 os.environ.update(MPLBACKEND="agg", TQDM_DISABLE="1", IN_TEST="1")  # IN_TEST: nbdev_export() in a cell does nothing
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count())))  # small models gain nothing from more
-if (beside := Path(__file__).resolve().parent.parent / "shared/data").is_dir():  # recordings that lie beside the project
+if (beside := Path(__file__).resolve().parent.parent / "shared/data").is_dir():  # recordings beside the project
     os.environ.setdefault("AUDIOMAEPP_DATA", str(beside))
 
 
