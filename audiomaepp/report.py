@@ -486,9 +486,11 @@ def draw_maps(
 
     values, by_label = _values_of(comparison, color), color == "label"
     shown, experiment = make_maps(comparison, settings, seed), comparison.experiment
-    return plot_maps(shown.maps, values[shown.rows], shown.title, held_out=experiment.protocol, numbers=shown.numbers,
-                     names=experiment.classes if by_label else None, legend="" if by_label else color,
-                     columns=columns or (2 if len(shown.maps) == 4 else min(3, len(shown.maps))), panel_size=2.6)
+    guess = "" if comparison.chance is None else f"chance: kNN-10 and linear {comparison.chance:.2f}"
+    return plot_maps(
+        shown.maps, values[shown.rows], shown.title, guess, held_out=experiment.protocol, numbers=shown.numbers,
+        names=experiment.classes if by_label else None, legend="" if by_label else color,
+        columns=columns or (2 if len(shown.maps) == 4 else min(3, len(shown.maps))), panel_size=2.6)
 
 # %% ../nbs/43_report.ipynb #5b8e2d44
 def explore_settings(
