@@ -1,0 +1,51 @@
+"""What a user sees in Jupyter: each test runs cells in a real kernel and looks at the stored outputs."""
+
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+TRAINING = """
+import signal
+import torch
+from audiomaepp.config import Config
+from audiomaepp.train import Trainer
+
+cfg = Config(
+    embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, patch_size=(20, 16),
+    batch_size=4, epochs=3, warmup_epochs=1, precision="fp32",
+)
+torch.manual_seed(0)
+batches = [{"spec": torch.randn(4, 1, *cfg.img_size), "label": torch.arange(4) // 2} for _ in range(2)]
+"""
+
+
+def run_cells(*cells, folder=ROOT):
+    "Run cells in a new kernel and return the outputs of each."
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return [cell.outputs for cell in book.cells]
+
+
+def pages(outputs):
+    "Return the HTML of each display among the outputs of a cell."
+    return [out.data["text/html"] for out in outputs if out.output_type == "display_data"]
+
+
+def test_a_training_leaves_its_curves_and_its_table():
+    fit = "Trainer(cfg, {}).fit(batches, lambda model: {{'knn': 0.5}}){}"
+    interrupt = "Trainer(cfg, callback=lambda row: row['epoch'] == 2 and signal.raise_signal(signal.SIGINT))"
+    outputs = run_cells(
+        TRAINING, fit.format("", ";"), fit.format("quiet=True", ";"),
+        f"try: {interrupt}.fit(batches)\nexcept BaseException as stopped: print(type(stopped).__name__)",
+        "import sys\nprint('matplotlib.pyplot' in sys.modules and sys.modules['matplotlib.pyplot'].get_fignums())",
+    )
+    page, = pages(outputs[1])
+    assert page.count("data:image/png;base64,") == 1 and page.count("<table>") == 1
+    assert page.index("<img") < page.index("<table>") and page.count("<tr>") == 1 + 3  # the head and each epoch
+    assert len(page) < 60_000  # a notebook with several trainings stays small
+    assert outputs[2] == []
+    page, = pages(outputs[3])
+    assert page.count("data:image/png;base64,") == 1 and page.count("<tr>") == 1 + 2
+    assert outputs[4][0].text.strip() in ("False", "[]")  # no figure appears below a later cell
