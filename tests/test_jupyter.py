@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +50,35 @@ def test_a_training_leaves_its_curves_and_its_table():
     page, = pages(outputs[3])
     assert page.count("data:image/png;base64,") == 1 and page.count("<tr>") == 1 + 2
     assert outputs[4][0].text.strip() in ("False", "[]")  # no figure appears below a later cell
+
+
+WITHOUT_WIDGETS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ipywidgets", "anywidget"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+"""
+COMPARISON = """
+from audiomaepp import Config, compare_losses, synthesize
+
+base = Config.preset("nano", epochs=1, warmup_epochs=0, depth=1, decoder_depth=1)
+lab = compare_losses(synthesize(n=2), {"plain": {}}, base=base)
+"""
+
+
+def test_no_warning_greets_a_user_without_widgets():
+    outputs = run_cells(WITHOUT_WIDGETS, COMPARISON, "import huggingface_hub, umap")
+    said = "".join(out.text for cell in outputs for out in cell if out.output_type == "stream")
+    assert "Warning" not in said
+    assert "100%" in said  # the progress bar, as text
+
+
+def test_the_progress_of_a_comparison_is_a_widget_where_there_are_widgets():
+    pytest.importorskip("ipywidgets", reason="needs ipywidgets: pip install 'audiomaepp[jupyter]'")
+    *_, bars = run_cells(COMPARISON)
+    assert any("application/vnd.jupyter.widget-view+json" in out.get("data", {}) for out in bars)
+    assert not [out.text for out in bars if out.output_type == "stream"]
