@@ -424,7 +424,7 @@ class _Display:
             start = time.monotonic()
             self.live.update(self)
             self.drawn, now = len(self.history), time.monotonic()
-            self.due = now + max(2.0, 30 * (now - start))  # drawing takes 3 % of the time at most
+            self.due = now + max(2.0, 20 * (now - start))  # drawing takes about 5 % of the time at most
 
     def row(
         self,
@@ -444,7 +444,7 @@ class _Display:
     def __repr__(self) -> str:
         return str(self.history)
 
-# %% ../nbs/04_train.ipynb #a1000029
+# %% ../nbs/04_train.ipynb #2c782400
 def _note_bad_step(
     state: _State, # state of the run; the step is added to its `bad_steps`
     clips: list[str], # names of the clips of the step, if they are known

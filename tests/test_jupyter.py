@@ -22,16 +22,22 @@ batches = [{"spec": torch.randn(4, 1, *cfg.img_size), "label": torch.arange(4) /
 """
 
 
-def run_cells(*cells, folder=ROOT):
+def run_cells(*cells):
     "Run cells in a new kernel and return the outputs of each."
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    folder = {"metadata": {"path": str(ROOT / "nbs")}}
+    NotebookClient(book, timeout=300, kernel_name="python3", resources=folder).execute()
     return [cell.outputs for cell in book.cells]
 
 
 def pages(outputs):
     "Return the HTML of each display among the outputs of a cell."
     return [out.data["text/html"] for out in outputs if out.output_type == "display_data"]
+
+
+def pictures(outputs):
+    "Return the pictures among the outputs of a cell."
+    return [out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {})]
 
 
 def test_a_training_leaves_its_curves_and_its_table():
@@ -82,3 +88,20 @@ def test_the_progress_of_a_comparison_is_a_widget_where_there_are_widgets():
     *_, bars = run_cells(COMPARISON)
     assert any("application/vnd.jupyter.widget-view+json" in out.get("data", {}) for out in bars)
     assert not [out.text for out in bars if out.output_type == "stream"]
+
+
+@pytest.mark.parametrize(
+    "chapter, control, value", [("01_losses", "temperature", 0.5), ("02_model", "mask_ratio", 0.9)]
+)
+def test_a_slider_draws_the_picture_again(chapter, control, value):
+    pytest.importorskip("ipywidgets", reason="needs ipywidgets: pip install 'audiomaepp[jupyter]'")
+    code = [cell for cell in nbformat.read(ROOT / f"nbs/{chapter}.ipynb", 4).cells if cell.cell_type == "code"]
+    at = next(i for i, cell in enumerate(code) if f"interact(show, {control}=" in cell.source)
+    assert any("image/png" in out.get("data", {}) for out in code[at - 1].outputs)  # for pages without a kernel
+    skip = "#| slow", "#| eval: false", "#| default_exp"
+    cells = [cell.source for cell in code[:at] if not cell.source.startswith(skip)]
+    *_, still, slider, moved, expected = run_cells(
+        "%matplotlib inline", *cells, code[at].source, f"show.widget.children[0].value = {value}", f"show({value})"
+    )
+    assert pictures(slider) == pictures(still)
+    assert pictures(moved) == pictures(expected) != pictures(still)
