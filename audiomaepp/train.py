@@ -387,7 +387,8 @@ def _curves(history: History) -> str:
         return ""
     axis = "step" if len(set(history["epoch"])) < len(history) else "epoch"
     skip = "lr", "grad_norm", "seconds", "clips_per_s", "n_train", "n_test"
-    png = base64.b64encode(plot_history(history.rows, axis=axis, skip=skip)._repr_png_()).decode()
+    figure = plot_history(history.rows, axis=axis, columns=4, skip=skip)
+    png = base64.b64encode(figure._repr_png_()).decode()
     return f"<img alt='Curves of the training' style='max-width:100%' src='data:image/png;base64,{png}'>"
 
 # %% ../nbs/04_train.ipynb #a1000026
@@ -439,7 +440,7 @@ class _Display:
             tqdm.write("  ".join(f"{k} {cell_text(v)}" for k, v in row.items()))
 
     def _repr_html_(self) -> str:
-        return _curves(self.history) + self.history._repr_html_()
+        return f"{_curves(self.history)}<div style='overflow-x:auto'>{self.history._repr_html_()}</div>"
 
     def __repr__(self) -> str:
         return str(self.history)
