@@ -41,12 +41,13 @@ def pictures(outputs):
 
 
 def test_a_training_leaves_its_curves_and_its_table():
-    fit = "Trainer(cfg, {}).fit(batches, lambda model: {{'knn': 0.5}}){}"
+    fit = "{0} = Trainer(cfg, quiet={1})\n{0}.fit(batches, lambda model: {{'knn': 0.5}});"
     interrupt = "Trainer(cfg, callback=lambda row: row['epoch'] == 2 and signal.raise_signal(signal.SIGINT))"
     outputs = run_cells(
-        TRAINING, fit.format("", ";"), fit.format("quiet=True", ";"),
+        TRAINING, fit.format("shown", False), fit.format("quiet", True),
         f"try: {interrupt}.fit(batches)\nexcept BaseException as stopped: print(type(stopped).__name__)",
         "import sys\nprint('matplotlib.pyplot' in sys.modules and sys.modules['matplotlib.pyplot'].get_fignums())",
+        "print(all(map(torch.equal, shown.model.state_dict().values(), quiet.model.state_dict().values())))",
     )
     page, = pages(outputs[1])
     assert page.count("data:image/png;base64,") == 1 and page.count("<table>") == 1
@@ -56,6 +57,7 @@ def test_a_training_leaves_its_curves_and_its_table():
     page, = pages(outputs[3])
     assert page.count("data:image/png;base64,") == 1 and page.count("<tr>") == 1 + 2
     assert outputs[4][0].text.strip() in ("False", "[]")  # no figure appears below a later cell
+    assert outputs[5][0].text.strip() == "True"  # the weights of a training do not depend on what is shown
 
 
 WITHOUT_WIDGETS = """
