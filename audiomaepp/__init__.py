@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,11 @@ _WHERE = {  # the public names, and the module of each
 }
 _MODULES = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")}  # audiomaepp.train works without its import
 __all__ = ["__version__", *_WHERE]
+
+
+# In Jupyter without ipywidgets tqdm draws its bars as text. It warns about that when it is first imported, by us or by a
+# library that we use; the warning would be the first thing that a new user sees.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def __getattr__(name):

@@ -363,8 +363,10 @@ def _html_clip(clip: Clip) -> str:
         shown = dict(sound=sound, picture=picture, cut=clip.seconds > 10, seconds=clip.seconds)
     except AudioError as error:
         shown = dict(problem=error.reason)
-    columns = {name: _text(value) for name, value in clip.columns.items() if name != "path"}
-    return render("clip.html", file=os.path.basename(clip.path), row=clip.row, columns=columns, **shown)
+    columns = {name: f"{value:.6g}" if isinstance(value, float) and value % 1 else _text(value)
+               for name, value in clip.columns.items() if name != "path"}
+    file = dict(file=os.path.basename(clip.path), folder=os.path.dirname(clip.path))
+    return render("clip.html", **file, row=clip.row, columns=columns, **shown)
 
 # %% ../nbs/12_data.ipynb #ee41a580
 def _walk(folder: Path, extensions: frozenset[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -6,6 +6,7 @@
 __all__ = ['cosine_lr', 'param_groups', 'History', 'Checkpoints', 'Trainer']
 
 # %% ../nbs/04_train.ipynb #7fa308a8
+import base64
 import contextlib
 import csv
 import errno
@@ -377,9 +378,22 @@ class _State:
             setattr(self, name, header.get(name, getattr(self, name)))
         self.saved_step = self.step
 
+# %% ../nbs/04_train.ipynb #a1000028
+def _curves(history: History) -> str:
+    "Return a picture of the losses and scores against the epoch as HTML; nothing before the first loss."
+    from audiomaepp.plots import plot_history
+
+    if "loss" not in history.columns:
+        return ""
+    axis = "step" if len(set(history["epoch"])) < len(history) else "epoch"
+    skip = "lr", "grad_norm", "seconds", "clips_per_s", "n_train", "n_test"
+    figure = plot_history(history.rows, axis=axis, columns=4, skip=skip)
+    png = base64.b64encode(figure._repr_png_()).decode()
+    return f"<img alt='Curves of the training' style='max-width:100%' src='data:image/png;base64,{png}'>"
+
 # %% ../nbs/04_train.ipynb #a1000026
 def _in_jupyter() -> bool:
-    "Return whether this runs in a notebook, where a table can change after it was shown."
+    "Return whether this runs in a notebook, where an output can change after it was shown."
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
@@ -388,16 +402,30 @@ class _Display:
     "The progress of a run on a screen."
 
     def __init__(self, history: History, quiet: bool):
-        self.history, self.quiet, self.live = history, quiet, None
+        self.history, self.quiet = history, quiet
+        self.live, self.drawn, self.due = None, 0, 0.0
 
-    def bar(self, total: int, step: int) -> tqdm:
-        "Return a progress bar, which is off in Jupyter, where the history is shown as a table that changes."
+    @contextlib.contextmanager
+    def bar(self, total: int, step: int) -> Iterator[tqdm]:
+        "Show a progress bar during a run, or in Jupyter the curves and the history."
         shown = not self.quiet
         if shown and _in_jupyter():
             from IPython.display import display
 
-            self.live, shown = display(self.history, display_id=True), False
-        return tqdm(total=total, initial=step, desc="training", unit="step", disable=not shown)
+            self.live, shown = display(self, display_id=True), False
+        with tqdm(total=total, initial=step, desc="training", unit="step", disable=not shown) as bar:
+            try:
+                yield bar
+            finally:
+                self.draw()
+
+    def draw(self):
+        "Update the output in Jupyter, unless it has every row."
+        if self.live is not None and self.drawn < len(self.history):
+            start = time.monotonic()
+            self.live.update(self)
+            self.drawn, now = len(self.history), time.monotonic()
+            self.due = now + max(2.0, 20 * (now - start))  # drawing takes about 5 % of the time at most
 
     def row(
         self,
@@ -406,11 +434,18 @@ class _Display:
     ):
         "Show a new row."
         if self.live is not None:
-            self.live.update(self.history)
+            if time.monotonic() >= self.due:
+                self.draw()
         elif line and not self.quiet:
             tqdm.write("  ".join(f"{k} {cell_text(v)}" for k, v in row.items()))
 
-# %% ../nbs/04_train.ipynb #a1000029
+    def _repr_html_(self) -> str:
+        return f"{_curves(self.history)}<div style='overflow-x:auto'>{self.history._repr_html_()}</div>"
+
+    def __repr__(self) -> str:
+        return str(self.history)
+
+# %% ../nbs/04_train.ipynb #2c782400
 def _note_bad_step(
     state: _State, # state of the run; the step is added to its `bad_steps`
     clips: list[str], # names of the clips of the step, if they are known

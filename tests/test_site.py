@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from base64 import b64encode
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -301,3 +302,13 @@ def test_no_page_of_the_whole_site_is_wider_than_a_phone(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = widths(tmp_path / "_site", tmp_path / "profile")
     assert len(found) > 30 and {page: is_ for page, is_ in found.items() if is_ != [390, []]} == {}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("nbs/tutorials/*.ipynb")))
+def test_a_tutorial_opens_in_colab(name):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    path = f"nbs/tutorials/{name}.ipynb"
+    first = "".join(json.loads((ROOT / path).read_text())["cells"][0]["source"])
+    address = project.replace("https://github.com/", "https://colab.research.google.com/github/")
+    assert f"[Open in Colab]({address}/blob/main/{path})" in first
+    assert f"`!pip install git+{project}`" in first  # Colab has no copy of the package
