@@ -138,7 +138,7 @@ def comparison_of(text, path=None, n=8):
                              text: [text, "b"] * (n // 2)})  # fmt: skip
     histories = {(name, 0): History([{"step": 1, "loss": 0.5, text: 0.5}]) for name in settings}
     rest = 0.5, Skipped([(path or text, text)]), {(text, 1): text}
-    return lab.Comparison(experiment, held_out, results[:2], histories, results[2], *rest)
+    return lab.Comparison(experiment, held_out, results[:2], histories, results[2:], *rest)
 
 
 def comparison(text, folder):
