@@ -6,6 +6,7 @@
 
 import ast
 import inspect
+import json
 import os
 import re
 import shutil
@@ -404,6 +405,28 @@ def faults(site):
     return found
 
 
+def live_maps(docs):
+    """Make a page of each map in images/*.json, and show it in place of its picture wherever that stands."""
+    made = {}
+    for payload in sorted((docs / "images").glob("*.json")):
+        from audiomaepp.explorer import render_page
+
+        page = payload.with_suffix(".html")
+        page.write_text(render_page(json.loads(payload.read_text(encoding="utf-8"))), encoding="utf-8")
+        payload.unlink()
+        made[payload.with_suffix(".png").name] = page.name
+    for path in docs.rglob("*.md") if made else []:
+
+        def live(m):
+            alt, folder, name = m.groups()
+            if name not in made:
+                return m[0]
+            return f'<iframe class="live" src="{folder}{made[name]}" title="{escape(alt)}" loading="lazy"></iframe>'
+
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"!\[([^\]]*)\]\(([^)\s]*/)([^)/\s]+\.png)\)", live, text), encoding="utf-8")
+
+
 def site():
     """Build _site/ with nbdev's own processing of the notebooks; any warning of mkdocs is an error."""
     from nbdev.serve import proc_nbs
@@ -424,6 +447,7 @@ def site():
         config = {"INHERIT": str(ROOT / "docs/mkdocs.yml"), "docs_dir": str(docs), "site_dir": str(made)}
         address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"].get("Docs")
         config |= {"nav": write_pages(processed, docs), "site_url": address}
+        live_maps(docs)
         shutil.copy(ROOT / "docs/site.css", docs)
         shutil.copytree(ROOT / "docs/iframe-worker", docs / "assets/iframe-worker")
         (Path(tmp) / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

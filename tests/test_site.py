@@ -16,9 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fastcore.nbio import mk_cell, new_nb, write_nb
 from PIL import Image
+
+from audiomaepp.explorer import explore
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -65,7 +68,13 @@ def build(folder, cells):
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         (folder / name).write_text(f"# {name}\n")
     home = [mk_cell(text, "markdown") for text in ("# small\n\n> A small book", "See [`halve`](numbers.html#halve).")]
+    home.append(mk_cell("![A map of two clips](images/map.png)\n\n![A picture](images/other.png)", "markdown"))
     write_nb(new_nb(home), folder / "nbs/index.ipynb")
+    (folder / "nbs/images").mkdir()
+    for name in ("map", "other"):
+        Image.new("RGB", (90, 90), "white").save(folder / f"nbs/images/{name}.png")
+    explorer = explore(np.zeros((2, 2)), {"name": ["dog", "rain"]}, held_out="two clips", title="Two clips")
+    (folder / "nbs/images/map.json").write_text(json.dumps(explorer.payload))
     head = [mk_cell("# Numbers\n\n> Parts of numbers", "markdown"), mk_cell("#| default_exp numbers")]
     write_nb(new_nb([*head, *cells]), folder / "nbs/00_numbers.ipynb")
     env = {**os.environ, "PYTHONPATH": str(folder)}
@@ -151,6 +160,14 @@ def test_the_reference_has_every_name_the_public_ones_first(project):
 def test_figures_have_a_text(chapter):
     texts = re.findall(r'<img [^>]*alt="([^"]*)"', chapter)
     assert texts == ["A line that &quot;rises&quot;", "Two lines"]
+
+
+def test_a_map_is_live_on_the_site_and_a_picture_elsewhere(project):
+    home = (project / "_site/index.html").read_text(encoding="utf-8")
+    assert '<iframe class="live" src="images/map.html" title="A map of two clips"' in home
+    assert 'src="images/other.png"' in home and "images/map.png" not in home
+    page = (project / "_site/images/map.html").read_text(encoding="utf-8")
+    assert "Two clips" in page and '"dog","rain"' in page and not (project / "_site/images/map.json").exists()
 
 
 def test_four_places_to_go(project, chapter):
@@ -256,7 +273,8 @@ def widths(site, profile):
 @needs_browser
 def test_a_phone_shows_every_page_without_scrolling_sideways(project, tmp_path):
     assert widths(project / "_site", tmp_path) == dict.fromkeys(
-        ("CHANGELOG.html", "CONTRIBUTING.html", "index.html", "numbers.html", "reference.html"), [390, []]
+        ("CHANGELOG.html", "CONTRIBUTING.html", "images/map.html", "index.html", "numbers.html", "reference.html"),
+        [390, []],
     )
 
 
