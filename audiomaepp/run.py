@@ -93,8 +93,8 @@ def _held(out: Path) -> Iterator[Path]:
 # %% ../nbs/40_run.ipynb #035ec8a9
 RUN_FILES = (  # files that train, evaluate and map write, except the model card
     "config.json", "data.json", "recordings.csv", "skipped.csv", "model.safetensors", "checkpoint*.safetensors",
-    "history.csv", "results.csv", "results.json", "pictures/map.png", "pictures/map.html", "pictures/losses.png",
-    "pictures/reconstruction_*.png",
+    "snapshots/epoch_*.safetensors", "history.csv", "results.csv", "results.json", "pictures/map.png",
+    "pictures/map.html", "pictures/map_atlas.parquet", "pictures/losses.png", "pictures/reconstruction_*.png",
 )
 
 
