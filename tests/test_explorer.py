@@ -185,6 +185,14 @@ def test_the_sentence_says_which_clips_are_held_out():
     assert sum(len(c.get_offsets()) for c in figure.axes[0].collections) == 10
 
 
+def test_a_table_of_unknown_origin_claims_nothing():
+    "A map of the training's own clips would pass for one of held-out clips."
+    explorer = explore(X, held_out="unknown")
+    payload, title = explorer.payload, explorer.plot()._suptitle.get_text()
+    assert payload["note"] == "It is not known which of these clips the training saw." and "not known" in title
+    assert "held" not in title and set(read(payload["held"], "u1")) == {2}
+
+
 def test_wrong_input_is_named():
     table = {"label": ["a"] * 40}
     for call, message in [

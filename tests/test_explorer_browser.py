@@ -139,6 +139,15 @@ def test_a_page_opens_with_webgl_and_shows_title_sentence_and_numbers(opened):
     assert rows == [["kNN-10"], ["plain", "0.30"], ["untrained", "0.50"], ["chance", "0.33"]]
 
 
+def test_a_clip_of_unknown_origin_is_called_neither(opened, tmp_path):
+    shown = opened(explore(GRID, TABLE, held_out="unknown").save(tmp_path / "unknown.html"))
+    shown.click(13)
+    shown.wait("e.state.selected === 13")
+    assert "training clip" not in shown.text(".amx-card") and "held out" not in shown.text(".amx-card")
+    shown.js("e.state.rows = [13]")
+    assert next(csv.DictReader(io.StringIO(shown.js("e.csv()"))))["held_out"] == ""
+
+
 def test_the_pointer_shows_name_label_and_spectrogram(opened):
     shown = opened()
     shown.page.mouse.move(*shown.place(13))

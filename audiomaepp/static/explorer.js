@@ -428,7 +428,8 @@ export function mount(el, payload, callbacks = {}) {
     const column = columns[state.color]?.kind === "class" ? columns[state.color] : columns[labelColumn];
     return column ? cell(column, i) || "unlabeled" : "";
   };
-  const describe = (i) => [data.names[i], label(i), data.held[i] ? "held out" : "training clip"].filter(Boolean).join(", ");
+  const part = (i) => ["training clip", "held out", ""][data.held[i]]; // 2: it is not known
+  const describe = (i) => [data.names[i], label(i), part(i)].filter(Boolean).join(", ");
   const say = (text) => { live.textContent = text; };
 
   /** Select a clip, show it in the panel, and play it. */
@@ -506,7 +507,7 @@ export function mount(el, payload, callbacks = {}) {
       const picture = h("canvas", { class: "amx-picture", "data-row": String(i), role: "img", "aria-label": "Spectrogram" });
       const near = neighbors(i);
       card.replaceChildren(h("div", { class: "amx-head" }, playButton(i), h("div", {}, h("h3", {}, data.names[i]),
-        h("p", {}, swatch(i), [label(i), data.held[i] ? "held out" : "training clip"].filter(Boolean).join(" · ")))),
+        h("p", {}, swatch(i), [label(i), part(i)].filter(Boolean).join(" · ")))),
       picture,
       h("dl", {}, ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))])));
       picture.hidden = !showPicture(i, picture);
@@ -540,7 +541,7 @@ export function mount(el, payload, callbacks = {}) {
   function csv() {
     const quote = (value) => `"${(/^[=+\-@\t\r]/.test(value) && Number.isNaN(Number(value)) ? `'${value}` : value).replaceAll('"', '""')}"`;
     const head = ["row", "name", "held_out", ...columns.map((c) => c.name)];
-    const body = state.rows.map((i) => [String(i), data.names[i], data.held[i] ? "1" : "0", ...columns.map((c) => String(cell(c, i)))]);
+    const body = state.rows.map((i) => [String(i), data.names[i], ["0", "1", ""][data.held[i]], ...columns.map((c) => String(cell(c, i)))]);
     return [head, ...body].map((row) => row.map(quote).join(",")).join("\r\n") + "\r\n";
   }
   function download() {
@@ -589,7 +590,7 @@ export function mount(el, payload, callbacks = {}) {
     redraw();
     if (i < 0) return;
     const picture = h("canvas", { class: "amx-picture", "data-row": String(i) });
-    tip.replaceChildren(h("strong", {}, data.names[i]), h("span", {}, swatch(i), [label(i), !data.held[i] && "training clip"].filter(Boolean).join(" · ")), picture);
+    tip.replaceChildren(h("strong", {}, data.names[i]), h("span", {}, swatch(i), [label(i), data.held[i] ? "" : part(i)].filter(Boolean).join(" · ")), picture);
     picture.hidden = !showPicture(i, picture);
     const [px, py] = [screenX(i), screenY(i)];
     const box = tip.getBoundingClientRect();
