@@ -484,6 +484,16 @@ def _check_settings(
         known = ", ".join(map(repr, maps))
         raise ValueError(f"{what} must be settings of vectors, got {unknown[0]!r}; use some of {known}")
 
+
+def _opening(
+    names: Sequence[str], # settings
+    baselines: Sequence[str], # settings that stand beside every other
+    steps: Sequence[str], # settings of the slider
+) -> str:
+    "Return the setting with which a page opens: the first that is no baseline; of the steps, the last."
+    name = next((name for name in names if name not in baselines), names[0])
+    return steps[-1] if name in steps else name
+
 # %% ../nbs/32_explorer.ipynb #32e0003a
 MOST_POINTS = 50_000 # clips of a page
 
@@ -568,6 +578,7 @@ def explore(
         "names": _clip_names(columns, n), "columns": shown,
         "settings": [_setting(name, _positions(maps[name]), embeddings.get(name), numbers[name], name in baselines,
                               name in steps) for name in order],
+        "first": order.index(_opening(list(maps), baselines, steps)),
         "references": {printable(str(name)): _shown(scores) for name, scores in numbers.items() if name not in maps},
         "previews": sounds.files, "mime": "audio/mpeg", "sound": printable(sounds.note), "links": None,
         "styles": [class_style(i) for i in range(60)], "gray": UNLABELED,

@@ -54,6 +54,8 @@ def test_settings_are_aligned_and_their_numbers_and_roles_arrive():
     assert [s["name"] for s in payload["settings"]] == ["plain", "log-mel", "epoch 2", "epoch 1"]
     assert [s["baseline"] for s in payload["settings"]] == [False, True, False, False]
     assert [s["step"] for s in payload["settings"]] == [False, False, True, True]
+    assert payload["first"] == 0 and explore(settings, held_out="x", steps=names[1:]).payload["first"] == 0
+    assert explore(settings, held_out="x", steps=names, baselines=["plain"]).payload["first"] == 3, "the last step"
     for s in payload["settings"]:
         np.testing.assert_array_equal(read(s["xy"], "<f4").reshape(-1, 2), maps[s["name"]])
     first = payload["settings"][0]["numbers"]

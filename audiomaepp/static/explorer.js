@@ -18,7 +18,7 @@ export function mount(el, payload, callbacks = {}) {
   const leaving = new AbortController(); // ends every listener outside of the element
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
   const state = {
-    setting: 0, previous: -1, color: columns.findIndex((c) => c.name === data.color), selected: -1, hover: -1,
+    setting: data.first, previous: -1, color: columns.findIndex((c) => c.name === data.color), selected: -1, hover: -1,
     rows: [], found: null, hidden: new Set(), mode: "pan", trails: calm.matches, t: 1, steps: null,
   };
   const sounds = soundsOf(data, () => { markPlaying(); });
@@ -94,8 +94,8 @@ export function mount(el, payload, callbacks = {}) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paint(), { signal: leaving.signal });
 
   // ------------------------------------------------------------------------------------------ the picture
-  let from = settings[0].xy;
-  let to = settings[0].xy;
+  let from = settings[data.first].xy;
+  let to = from;
   const now = new Float32Array(2 * n); // where each point is drawn
   const looks = new Uint8Array(8 * n);
   const view = { x: 0, y: 0, scale: 1 };
@@ -321,11 +321,12 @@ export function mount(el, payload, callbacks = {}) {
 
   const steps = settings.map((s, k) => k).filter((k) => settings[k].step);
   const radios = settings.map((s, k) => s.step ? null : h("input", {
-    type: "radio", name: id, value: String(k), checked: k === 0, onchange: () => { halt(); show(k); },
+    type: "radio", name: id, value: String(k), checked: k === data.first, onchange: () => { halt(); show(k); },
   }));
   const slider = h("input", {
     type: "range", min: "0", max: String(Math.max(0, steps.length - 1)), step: "1", value: "0", "aria-label": "Step",
     oninput: () => { halt(); show(steps[Number(slider.value)]); },
+    onclick: () => { halt(); show(steps[Number(slider.value)]); }, // back from a setting beside it, to where it stands
   });
   const stepName = h("output", { class: "amx-step" });
   const stepButton = h("button", {
