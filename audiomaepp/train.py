@@ -747,7 +747,7 @@ class _Saver:
     def snapshot(self):
         "Keep the weights of the encoder after epochs 1, 2, 4, 8, …, if the config asks for it."
         state = self.state
-        if self.writes and state.cfg.snapshots and state.epoch.bit_count() == 1:
+        if self.writes and state.cfg.snapshots and not state.batch and state.epoch.bit_count() == 1:
             self.checkpoints.with_room(partial(write_snapshot, state.model, self.folder, state.epoch))
 
     def save(self):
@@ -971,8 +971,7 @@ class Trainer:
                     update = engine.step(item.batches, state.step, self.schedule.lr(state.step), self.transform)
                     self.log.step(update, partial(batches.names, item.batches))
                 state.epoch, state.batch = item.position
-                if not item.batches:
-                    self.saver.snapshot()
+                self.saver.snapshot()
                 due = self.schedule.evaluates(state.step, *item.position)
                 if due or item.late or not item.batches:
                     self.log.row(score if due else dict)
