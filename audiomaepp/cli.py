@@ -229,7 +229,7 @@ def how_to_look(
            ".parquet": "Open {} in embedding-atlas: pip install embedding-atlas, then embedding-atlas {}"}
     return ["", *(how[path.suffix].replace("{}", str(path)) for path in paths if path.suffix in how)]
 
-
+# %% ../nbs/60_cli.ipynb #60a00001
 @dataclass
 class Demo(Command):
     "Train on the built-in sounds (or --data), score held-out clips, draw the map."
@@ -692,7 +692,7 @@ _CHECKS = {"torchaudio works": _check_torchaudio, "formats": _check_formats, "mo
 # %% ../nbs/60_cli.ipynb #4821310f
 _OFTEN = (  # settings that people change
     "mask_ratio", "use_contrastive_loss", "contrastive_weight", "use_uniformity_loss", "uniformity_weight",
-    "pooling_mode", "epochs", "batch_size", "base_lr", "seed",
+    "pooling_mode", "epochs", "batch_size", "base_lr", "seed", "snapshots",
 )  # fmt: skip
 _SOURCE = ("data", "fold", "group", "label_from", "group_from")
 
