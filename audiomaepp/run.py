@@ -267,14 +267,19 @@ def embed_together(
 ) -> "dict[str, np.ndarray]": # (n, D) embeddings of each model
     "Embed the same recordings with several models; raise `AudioError` if one cannot be decoded any more."
     import numpy as np
+    import torch
 
-    from audiomaepp.embed import EmbeddingStream, WindowEncoder, decode_ahead, embed_each
+    from audiomaepp.embed import EmbeddingStream, WindowEncoder, decode_ahead, embed_each, frames_of
 
     encoders = [WindowEncoder(model, device) for model in models.values()]
-    cfg = encoders[0].cfg
+    cfg, frontend, device = encoders[0].cfg, encoders[0].frontend, encoders[0].device
 
+    @torch.inference_mode()
     def embed(wav, lengths, mode):
-        return np.hstack([encoder.embed(wav, lengths, mode) for encoder in encoders])
+        lengths = lengths.to(device)
+        spec, frames = frontend(wav.to(device), lengths), frames_of(lengths, cfg)
+        rows = [encoder.model.eval().get_embedding(spec, mode, frames) for encoder in encoders]
+        return torch.cat(rows, dim=1).double().cpu().numpy()
 
     stream = EmbeddingStream(SimpleNamespace(cfg=cfg, embed=embed), cfg.clip_samples, batch_size=32)
     sounds = recordings.at_rate(cfg.sample_rate)
