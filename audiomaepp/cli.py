@@ -179,23 +179,57 @@ class Evaluate(Command):
 # %% ../nbs/60_cli.ipynb #a98c827b
 @dataclass
 class Map(Command):
-    "Draw the held-out clips of a run: map.png, map.html, reconstructions, losses."
+    """Draw the clips of a run, or of a table of embeddings, as a map that can be heard: audiomaepp map runs/a.
 
-    run_folder: tyro.conf.Positional[str] # folder of a run
+    A run gets map.html, map.png, reconstructions and losses; embeddings.parquet gets embeddings_map.html beside it.
+    """
+
+    place: tyro.conf.Positional[str] # folder of a run, or Parquet file that embed wrote
     color: str = "label" # column that colors the points: label, fold, speaker, pitch, …
+    everything: Annotated[bool, tyro.conf.arg(name="all")] = False # draw the training clips of the run too, hollow
+    atlas: bool = False # write map_atlas.parquet too, for embedding-atlas; needed above 50,000 clips
+    out: str | None = None # HTML file for the map of a table
 
     def run(self) -> dict:
+        if Path(self.place).is_file():
+            return self.draw_table()
         from audiomaepp.run import Run
 
-        run = Run(self.run_folder)
+        run = Run(self.place)
+        if self.out:
+            raise ValueError(f"out must name the map of a table, got {self.out!r} with a run; leave it out, and find "
+                             f"the map in {run.path / 'pictures'}")
+        self.say("Embedding the clips and laying out their map …")
+        paths = run.draw(self.color, self.quiet, self.everything, self.atlas, self.device)
         report = run.evaluate(quiet=self.quiet, device=self.device)
-        self.say("Laying out the map of the held-out clips …")
-        paths = run.draw(self.color, self.quiet)
         print(f"\n{report}\n")
-        self.say("Pictures:", *(f"  {path}" for path in paths))
+        self.say("Pictures:", *(f"  {path}" for path in paths), *how_to_look(paths))
         return {**report.to_dict(), "pictures": paths}
 
+    def draw_table(self) -> dict:
+        "Draw the map of a table."
+        from audiomaepp.run import map_table
 
+        if self.everything:
+            raise ValueError("all must come with a run, got it with a table, whose map has every row; leave it out")
+        paths, explorer = map_table(self.place, self.out, self.color, self.atlas)
+        silent = explorer is not None and not explorer.payload["previews"]
+        self.say(explorer.payload["note"] if explorer else "", "Written:", *(f"  {path}" for path in paths),
+                 *how_to_look(paths, silent))
+        return {"pictures": paths}
+
+
+def how_to_look(
+    paths: list[Path], # files of a map
+    silent: bool = False, # whether the clips have no sound
+) -> list[str]:
+    "Return what to do with a map, in a line for each file."
+    click = "see its neighbors" if silent else "hear it and to see its ten nearest neighbors"
+    how = {".html": f"Open {{}} in a browser: click a point to {click}.",
+           ".parquet": "Open {} in embedding-atlas: pip install embedding-atlas, then embedding-atlas {}"}
+    return ["", *(how[path.suffix].replace("{}", str(path)) for path in paths if path.suffix in how)]
+
+# %% ../nbs/60_cli.ipynb #60a00001
 @dataclass
 class Demo(Command):
     "Train on the built-in sounds (or --data), score held-out clips, draw the map."
@@ -212,8 +246,8 @@ class Demo(Command):
         run = demo_run(self.data, self.out, self.quick, self.quiet)
         report, paths = run.evaluate(quiet=self.quiet), run.draw(quiet=self.quiet)
         print(f"\n{report}\n")
-        self.say("Pictures:", *(f"  {path}" for path in paths))
-        self.say(f"\nDone in {time.monotonic() - started:.0f} s. Next: audiomaepp train --help")
+        self.say("Pictures:", *(f"  {path}" for path in paths), *how_to_look(paths))
+        self.say(f"Done in {time.monotonic() - started:.0f} s. With your own sounds: audiomaepp train FOLDER")
         return {"run": self.out, **report.to_dict(), "pictures": paths}
 
     def after_stop(self) -> str:
@@ -658,7 +692,7 @@ _CHECKS = {"torchaudio works": _check_torchaudio, "formats": _check_formats, "mo
 # %% ../nbs/60_cli.ipynb #4821310f
 _OFTEN = (  # settings that people change
     "mask_ratio", "use_contrastive_loss", "contrastive_weight", "use_uniformity_loss", "uniformity_weight",
-    "pooling_mode", "epochs", "batch_size", "base_lr", "seed",
+    "pooling_mode", "epochs", "batch_size", "base_lr", "seed", "snapshots",
 )  # fmt: skip
 _SOURCE = ("data", "fold", "group", "label_from", "group_from")
 

@@ -337,6 +337,7 @@ class _Training(_Group):
     loader_timeout: int = 600 # seconds to wait for a batch from the workers before training stops; 0 for no limit
     max_unreadable: float = 0.05 # share of training clips that may become unreadable before training stops
     keep_checkpoints: int = 2 # number of checkpoints to keep, the newest ones
+    snapshots: bool = False # keep the encoder's weights after epochs 1, 2, 4, 8, …, for a map of how the space forms
     eval_every: int = 5 # epochs between evaluations on validation clips; 0 evaluates only at the end
     eval_steps: int = 0 # steps between additional evaluations within an epoch; 0 switches them off
     seed: int = 0 # seed of all random numbers

@@ -38,7 +38,7 @@ from audiomaepp.maps import (
     plot_maps,
     umap_2d,
 )
-from .plots import UNLABELED, as_array, class_style
+from .plots import UNKNOWN, UNLABELED, as_array, class_style
 from .tables import _text, render
 
 if TYPE_CHECKING:
@@ -270,12 +270,14 @@ def _clip_names(
 
 # %% ../nbs/32_explorer.ipynb #32e00022
 def _held_out(
-    held_out, # name of the held-out clips; None: training clips; or (n,) True for each held-out clip
+    held_out, # name of the held-out clips; None: training clips; UNKNOWN; or (n,) True for each held-out clip
     n: int, # number of clips
-) -> tuple[np.ndarray, str]: # (n,) bool, and the sentence
+) -> tuple[np.ndarray, str]: # (n,) bool, or 2 for each clip if it is not known; and the sentence
     "Return which clips are held out, and the sentence that says so."
     if held_out is None:
         return np.zeros(n, bool), "Hollow points are TRAINING clips: this map says nothing about new sounds."
+    if isinstance(held_out, str) and held_out == UNKNOWN:
+        return np.full(n, 2, np.uint8), "It is not known which of these clips the training saw."
     if isinstance(held_out, str):
         if not held_out.strip():
             raise ValueError(f"held_out must name the clips, got {held_out!r}; use 'fold 5, 80 clips', or None for "
@@ -482,6 +484,16 @@ def _check_settings(
         known = ", ".join(map(repr, maps))
         raise ValueError(f"{what} must be settings of vectors, got {unknown[0]!r}; use some of {known}")
 
+
+def _opening(
+    names: Sequence[str], # settings
+    baselines: Sequence[str], # settings that stand beside every other
+    steps: Sequence[str], # settings of the slider
+) -> str:
+    "Return the setting with which a page opens: the first that is no baseline; of the steps, the last."
+    name = next((name for name in names if name not in baselines), names[0])
+    return steps[-1] if name in steps else name
+
 # %% ../nbs/32_explorer.ipynb #32e0003a
 MOST_POINTS = 50_000 # clips of a page
 
@@ -491,7 +503,7 @@ def _still(
     steps: Sequence[str], # settings of the slider: the first, the middle and the last one are drawn
     labels, # (n,) classes or a scale; None: one color
     names: Sequence[str] | None, # names of the classes
-    held_out: np.ndarray, # (n,) True for a held-out clip
+    held_out: np.ndarray, # (n,) True for a held-out clip, 2 if it is not known
     protocol, # name of the held-out clips, None, or the flags themselves
     numbers: Mapping[str, Mapping[str, float]], # scores by setting
     title: str, # title of the figure
@@ -530,7 +542,7 @@ def explore(
     table=None, # DataFrame, dict of columns or Recordings, a row for each clip; None: that of audio
     audio=None, # Recordings, or a sequence of paths or (waveform, sample rate); None: no sound
     *,
-    held_out, # name of the held-out clips, "fold 5, 80 clips"; None: training clips; (n,) True for held-out clips
+    held_out, # name of the held-out clips, "fold 5, 80 clips"; None: training clips; "unknown"; (n,) True: held out
     color: str | None = None, # column that colors the points first; None: "label" if the table has it
     names: Sequence[str] | None = None, # all classes of that column, in the order of their colors
     numbers: Mapping | None = None, # {setting: {score: value}}; a name that is no setting is a reference, as "chance"
@@ -566,6 +578,7 @@ def explore(
         "names": _clip_names(columns, n), "columns": shown,
         "settings": [_setting(name, _positions(maps[name]), embeddings.get(name), numbers[name], name in baselines,
                               name in steps) for name in order],
+        "first": order.index(_opening(list(maps), baselines, steps)),
         "references": {printable(str(name)): _shown(scores) for name, scores in numbers.items() if name not in maps},
         "previews": sounds.files, "mime": "audio/mpeg", "sound": printable(sounds.note), "links": None,
         "styles": [class_style(i) for i in range(60)], "gray": UNLABELED,

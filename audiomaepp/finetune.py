@@ -251,12 +251,12 @@ def accuracy(
 # %% ../nbs/41_finetune.ipynb #41a00013
 _SETTINGS = dict(
     use_contrastive_loss=False, use_uniformity_loss=False, views=1, mask_padding=False, epochs=30, warmup_epochs=3,
-    batch_size=32, base_lr=4e-3, weight_decay=0.05, betas=(0.9, 0.999),
+    batch_size=32, base_lr=4e-3, weight_decay=0.05, betas=(0.9, 0.999), snapshots=False,
 )
 CLASSIFIER_FILES = (  # files that finetune writes, and evaluate and map for its result
     "config.json", "model.safetensors", "head.safetensors", "classifier.json", "checkpoint*.safetensors", "history.csv",
     "finetune.json", "data.json", "recordings.csv", "skipped.csv", "results.json", "results.csv", "pictures/map.png",
-    "pictures/map.html", "pictures/losses.png",
+    "pictures/map.html", "pictures/map_atlas.parquet", "pictures/losses.png",
 )
 
 # %% ../nbs/41_finetune.ipynb #25aa0014

@@ -66,9 +66,12 @@ def wrap_text(
     return "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, letters))
 
 # %% ../nbs/30_plots.ipynb #cc5b1c1b
+UNKNOWN = "unknown" # instead of the name of the held-out clips: which clips the training saw is not known
+
+
 def clips_title(
     title: str, # subject of the figure
-    held_out: str | None, # name of the held-out clips; None: training clips
+    held_out: str | None, # name of the held-out clips; None: training clips; UNKNOWN: either
 ) -> str:
     "Return the title with a line that says which clips the figure shows."
     if held_out is not None and not str(held_out).strip():
@@ -76,6 +79,8 @@ def clips_title(
             f"held_out must name the clips, got {held_out!r}; use 'fold 5, 80 clips', or None for clips of the training"
         )
     clips = f"held-out clips: {held_out}" if held_out else "TRAINING clips: says nothing about new sounds"
+    if held_out == UNKNOWN:
+        clips = "it is not known which of these clips the training saw"
     return f"{title}\n{clips}" if title else clips
 
 # %% ../nbs/30_plots.ipynb #ae1f8a43

@@ -13,16 +13,18 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
 
 from .config import Config
 from audiomaepp.files import (
     claim,
     made_by,
+    make_folder,
     naming,
     only_writer,
     parquet_schema,
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 
     from audiomaepp.data import Recordings
     from audiomaepp.evaluate import Report
+    from audiomaepp.explorer import Explorer
+    from audiomaepp.maps import AlignedMaps
     from audiomaepp.model import AudioMAEPlusPlus
     from audiomaepp.search import Hits
     from audiomaepp.train import History
@@ -93,8 +97,8 @@ def _held(out: Path) -> Iterator[Path]:
 # %% ../nbs/40_run.ipynb #035ec8a9
 RUN_FILES = (  # files that train, evaluate and map write, except the model card
     "config.json", "data.json", "recordings.csv", "skipped.csv", "model.safetensors", "checkpoint*.safetensors",
-    "history.csv", "results.csv", "results.json", "pictures/map.png", "pictures/map.html", "pictures/losses.png",
-    "pictures/reconstruction_*.png",
+    "snapshots/epoch_*.safetensors", "history.csv", "results.csv", "results.json", "pictures/map.png",
+    "pictures/map.html", "pictures/map_atlas.parquet", "pictures/losses.png", "pictures/reconstruction_*.png",
 )
 
 
@@ -169,8 +173,10 @@ class Evaluation:
     report: "Report" # scores
     train: "Recordings" # training part, without recordings that could not be embedded
     test: "Recordings" # held-out part, without recordings that could not be embedded
+    train_x: "np.ndarray" # (n, D) embeddings of the training part
     test_x: "np.ndarray" # (m, D) embeddings of the held-out part
-    baseline_x: "np.ndarray" # (m, 320) log-mel statistics of the same clips
+    train_baseline_x: "np.ndarray" # (n, 320) log-mel statistics of the training part
+    baseline_x: "np.ndarray" # (m, 320) log-mel statistics of the held-out part
     protocol: str # sentence that says what was held out
 
 
@@ -193,7 +199,7 @@ def score_parts(
     train, test = train.select(train_rows), test.select(test_rows)
     baselines = [baseline_features(r.at_rate(16000), np.arange(len(r))) for r in (train, test)]
     report = make_report(train_x, train.labels, test_x, test.labels, tuple(baselines), protocol)
-    return Evaluation(report, train, test, test_x, baselines[1], protocol)
+    return Evaluation(report, train, test, train_x, test_x, *baselines, protocol)
 
 # %% ../nbs/40_run.ipynb #272bc126
 def _epochs_done(run: Path) -> int: # 0 without a history
@@ -253,32 +259,150 @@ def write_card(
     return True
 
 # %% ../nbs/40_run.ipynb #0250242a
-BASELINE_ROW = "log-mel statistics"
+def embed_together(
+    models: "dict[str, AudioMAEPlusPlus]", # models of one config
+    recordings: "Recordings", # clips to embed
+    quiet: bool = False, # whether progress is hidden
+    device: str | None = None, # device of the models; a GPU if there is one
+) -> "dict[str, np.ndarray]": # (n, D) embeddings of each model
+    "Embed the same recordings with several models; raise `AudioError` if one cannot be decoded any more."
+    import numpy as np
+    import torch
+
+    from audiomaepp.embed import EmbeddingStream, WindowEncoder, decode_ahead, embed_each, frames_of
+
+    encoders = [WindowEncoder(model, device) for model in models.values()]
+    cfg, frontend, device = encoders[0].cfg, encoders[0].frontend, encoders[0].device
+
+    @torch.inference_mode()
+    def embed(wav, lengths, mode):
+        lengths = lengths.to(device)
+        spec, frames = frontend(wav.to(device), lengths), frames_of(lengths, cfg)
+        rows = [encoder.model.eval().get_embedding(spec, mode, frames) for encoder in encoders]
+        return torch.cat(rows, dim=1).double().cpu().numpy()
+
+    stream = EmbeddingStream(SimpleNamespace(cfg=cfg, embed=embed), cfg.clip_samples, batch_size=32)
+    sounds = recordings.at_rate(cfg.sample_rate)
+    x, _ = embed_each(stream, decode_ahead(sounds, range(len(sounds)), quiet=quiet))
+    return dict(zip(models, np.split(x, len(models), axis=1), strict=True))
+
+# %% ../nbs/40_run.ipynb #40a00002
+START, MODEL, BASELINE_ROW = "untrained network", "this model", "log-mel statistics"
+MOST_ALIGNED = 10_000 # clips; aligned maps hold a number for each pair
 
 
-def map_figure(
-    evaluation: Evaluation, # result of `evaluate_run`
-    title: str = "", # title of the figure
-    color: str = "label", # column that colors the points: label, or any metadata
-) -> "Figure":
-    "Draw the held-out clips: the embeddings of the model beside the baseline."
-    from audiomaepp.maps import plot_maps, umap_2d
+@dataclass
+class Space:
+    "Clips of a run, embedded in several settings."
 
-    test = evaluation.test
-    if color not in test.table:
-        names = ", ".join(test.table.columns)
-        raise ValueError(f"color must be a column of the recordings, got {color!r}; use one of {names}")
-    labels, classes = (test.labels, test.classes) if color == "label" else (test.table[color].to_numpy(), None)
-    panels = [(name, umap_2d(x), _numbers(evaluation.report.rows.get(name, {})))
-              for name, x in (("this model", evaluation.test_x), (BASELINE_ROW, evaluation.baseline_x))]
-    return plot_maps(panels, labels, title, held_out=evaluation.protocol, names=classes,
-                     legend="" if color == "label" else color, panel_size=3.2)
+    clips: "Recordings" # clips of the map
+    held_out: "str | np.ndarray" # name of the held-out clips; (n,) True for a held-out clip if there are training clips
+    vectors: "dict[str, np.ndarray]" # (n, D) embeddings of each setting
+    numbers: dict[str, dict[str, float]] # scores of each setting and of chance, on the held-out clips
+    steps: tuple[str, ...] # settings in the order of the training; none without snapshots
+    maps: "AlignedMaps | None" = None # positions in each setting, once they were computed
+    made: "dict[str, Explorer]" = dataclasses.field(default_factory=dict) # maps by the column of their colors
 
 
+def map_space(
+    run: str | os.PathLike, # folder of a run
+    found: Evaluation, # result of `evaluate_run`
+    everything: bool = False, # whether the training clips are on the map too
+    quiet: bool = False, # whether progress is hidden
+    device: str | None = None, # device of the models; a GPU if there is one
+) -> Space:
+    "Embed the clips of a run in the settings of its map."
+    import numpy as np
+
+    from audiomaepp.evaluate import evaluate_embeddings
+    from audiomaepp.train import read_snapshots, untrained
+
+    def shown(train_x, test_x):
+        return np.concatenate([train_x, test_x]) if everything else test_x
+
+    train, test, rows = found.train, found.test, found.report.rows
+    vectors, numbers = {}, {name: _numbers(rows[name]) for name in (MODEL, BASELINE_ROW, "chance") if name in rows}
+    clips = _joined(train, test) if everything else test
+    held_out = np.arange(len(clips)) >= len(train) if everything else found.protocol
+    if len(clips) > MOST_ALIGNED:
+        return Space(clips, held_out, {MODEL: shown(found.train_x, found.test_x)}, numbers, ())
+    cfg = Config.load(Path(run) / "config.json")
+    kept = read_snapshots(run, cfg) if cfg.snapshots else {}
+    models = {START: untrained(cfg)} | {f"epoch {epoch}": model for epoch, model in kept.items()}
+    both = [embed_together(models, part, quiet, device) for part in (train, test)]
+    for name in models:
+        x = [part[name] for part in both]
+        vectors[name] = shown(*x)
+        numbers[name] = _numbers(evaluate_embeddings(x[0], train.labels, x[1], test.labels))
+    vectors[MODEL] = shown(found.train_x, found.test_x)
+    vectors[BASELINE_ROW] = shown(found.train_baseline_x, found.baseline_x)
+    return Space(clips, held_out, vectors, numbers, (*models, MODEL) if kept else ())
+
+# %% ../nbs/40_run.ipynb #40a00003
 def _numbers(scores: dict) -> dict:
-    "Return the scores that are shown below a map."
+    "Return the scores that are shown beside a map."
     titles = {"knn": "kNN-10", "linear": "linear", "rankme": "RankMe"}
     return {title: scores[key] for key, title in titles.items() if key in scores}
+
+
+def _joined(
+    train: "Recordings", # training part
+    test: "Recordings", # held-out part
+) -> "Recordings":
+    "Return both parts as one, the training part first."
+    import pandas as pd
+
+    from audiomaepp.data import Recordings
+
+    table = pd.concat([part.table.assign(path=part.paths).drop(columns="path_bytes", errors="ignore")
+                       for part in (train, test)])
+    return Recordings(table, test.sample_rate, test.classes, train.waves + test.waves, test.skipped, test.source)
+
+# %% ../nbs/40_run.ipynb #40a00006
+def clip_table(
+    clips: "Recordings",
+) -> "pd.DataFrame": # a row for each clip, with a column name
+    "Return the columns of recordings that a page can show."
+    table = clips.table.drop(columns=[c for c in clips.table if c == "path_bytes" or clips.table[c].isna().all()])
+    names = [path.removeprefix("synthetic/") if wave is not None and not os.path.exists(path) else Path(path).name
+             for path, wave in zip(clips.paths, clips.waves, strict=True)]
+    return table if "name" in table else table.assign(name=names)
+
+
+def need_color(
+    color: str, # column that colors the points
+    columns: Iterable[str], # names of the columns
+):
+    "Raise `ValueError` if there is no such column."
+    if color not in (columns := list(columns)):
+        raise ValueError(f"color must be a column of the recordings, got {color!r}; use one of {', '.join(columns)}")
+
+
+def explorer_of(
+    space: Space, # result of `map_space`
+    title: str = "", # title of the map
+    color: str = "label", # column that colors the points: label, or any metadata
+) -> "Explorer":
+    "Return the map of a space; a second call with the same color returns the same object."
+    from audiomaepp.explorer import MOST_POINTS, explore
+    from audiomaepp.maps import AlignedMaps, aligned_umap, umap_2d
+
+    clips, vectors = space.clips, space.vectors
+    need_color(color, clips.table)
+    if len(clips) > MOST_POINTS:
+        raise ValueError(f"a map must have at most {MOST_POINTS:,} clips, got {len(clips):,}; use atlas=True "
+                         "(--atlas), which writes a table for embedding-atlas")
+    if space.maps is None:
+        alone = len(vectors) == 1
+        space.maps = AlignedMaps({MODEL: umap_2d(vectors[MODEL])}, {}) if alone else aligned_umap(vectors)
+    if color not in space.made:
+        title += f" (no other settings: aligned maps need at most {MOST_ALIGNED:,} clips)" * (len(vectors) == 1)
+        table = clip_table(clips)
+        space.made[color] = explore(
+            vectors, table, clips, held_out=space.held_out, color=color if color in table else None, title=title,
+            names=clips.classes if color == "label" else None, numbers=space.numbers, steps=space.steps,
+            baselines=[name for name in (START, BASELINE_ROW) if name in vectors], maps=space.maps)
+    return space.made[color]
 
 # %% ../nbs/40_run.ipynb #42dcb43e
 def reconstruction_figures(
@@ -312,25 +436,28 @@ def draw_run(
     run: str | os.PathLike, # folder of a run
     evaluation: Evaluation, # result of `evaluate_run`
     color: str = "label", # column that colors the map: label, or any metadata
+    space: Space | None = None, # result of `map_space`; computed if it is missing
+    atlas: bool = False, # whether to write a table for embedding-atlas too; alone, if the map has too many clips
 ) -> list[Path]: # written files
-    "Write the pictures of a run: map.png, map.html, losses.png, reconstructions."
-    from audiomaepp.maps import save_html_map, umap_2d
+    "Write the pictures of a run: map.html, map.png, losses.png, reconstructions."
+    from audiomaepp.explorer import MOST_POINTS, save_atlas
 
-    run, test = Path(run), evaluation.test
-    folder = run / "pictures"
+    run, space = Path(run), space or map_space(run, evaluation, quiet=True)
+    folder, paths = run / "pictures", []
     folder.mkdir(exist_ok=True)
-    map_figure(evaluation, run.name, color).savefig(folder / "map.png", dpi=110)
-    table = test.table.drop(columns=[c for c in test.table if c == "path_bytes" or test.table[c].isna().all()])
-    table = table.assign(path=[printable(Path(p).name if os.path.exists(p) else p) for p in test.paths])
-    save_html_map(umap_2d(evaluation.test_x), table, folder / "map.html", run.name, held_out=evaluation.protocol,
-                  color=color if color in table else None, names=test.classes if color == "label" else None)
-    curves_figure(run).savefig(folder / "losses.png", dpi=110)
-    paths = [folder / "map.png", folder / "map.html", folder / "losses.png"]
+    if len(space.clips) <= MOST_POINTS or not atlas:
+        explorer = explorer_of(space, run.name, color)
+        paths += [explorer.save(folder / "map.html"), folder / "map.png"]
+        explorer.plot().savefig(paths[-1], dpi=110)
+    if atlas:
+        paths.append(save_atlas(space.vectors[MODEL], clip_table(space.clips), folder / "map_atlas.parquet"))
+    paths.append(folder / "losses.png")
+    curves_figure(run).savefig(paths[-1], dpi=110)
     if (run / "classifier.json").exists():  # fine-tuning changed the encoder and not the decoder
         return paths
-    for n, figure in enumerate(reconstruction_figures(run, test), 1):
-        figure.savefig(folder / f"reconstruction_{n}.png", dpi=110)
+    for n, figure in enumerate(reconstruction_figures(run, evaluation.test), 1):
         paths.append(folder / f"reconstruction_{n}.png")
+        figure.savefig(paths[-1], dpi=110)
     return paths
 
 
@@ -366,6 +493,7 @@ class RunFolder:
             raise FileNotFoundError(f"path must be the folder of a run, got {str(path)!r}, which {what}; use "
                                     "Run.train (audiomaepp train) to make one")
         self.scored: tuple | None = None # state of the weights and their Evaluation, once they were scored
+        self.spaces: dict[bool, tuple] = {} # the same for the Space of a map, with all clips or the held-out ones
 
     @property
     def config(self) -> Config:
@@ -560,6 +688,143 @@ def search_with_run(
             need_path(clip, "sound must be a file")
     return SoundIndex(embed_with_run(run, among, None, quiet, None, {}).attrs["path"], run.path).search(sound, k)
 
+# %% ../nbs/40_run.ipynb #40a00011
+def in_training(
+    run: str | os.PathLike, # folder of the run, if there is one
+    model: str, # fingerprint of the model that made the embeddings
+    paths: list[str], # paths of the clips
+) -> "np.ndarray | None": # (n,) True for a training clip; None if it is not known
+    "Return which clips the training of a run saw."
+    import numpy as np
+
+    from audiomaepp.embed import fingerprint
+    from audiomaepp.source import _read_rows, _Row
+
+    run = Path(run)
+    if not (run / "recordings.csv").is_file() or (run / "classifier.json").exists():
+        return None
+    if fingerprint(RunFolder(run).model) != model:
+        return None
+    base = load_source(run).place
+    base = base if os.path.isdir(base) else os.path.dirname(base)
+    rows = {name: row for (name, _), row in _read_rows(run / "recordings.csv").items() if row["part"] == "train"}
+    sizes, digests = ({row[what] for row in rows.values()} for what in ("size", "digest"))
+
+    def seen(path: str) -> bool:
+        there = os.path.isfile(path)
+        path = os.path.abspath(path) if there else path
+        if printable(os.path.relpath(path, base) if os.path.isabs(path) else path) in rows:
+            return True
+        row = _Row("", "", SimpleNamespace(paths=[path]), 0)
+        return there and row.state()[0] in sizes and row.digest() in digests
+
+    known = {path: seen(path) for path in dict.fromkeys(paths)}
+    return np.array([known[path] for path in paths], dtype=bool)
+
+# %% ../nbs/40_run.ipynb #40a00014
+class Windows(Sequence):
+    "Windows of recordings as (waveform, sample rate), each read when it is needed; None if that is impossible."
+
+    def __init__(
+        self,
+        paths: list[str], # file of each window
+        starts: "np.ndarray", # (n,) seconds
+        ends: "np.ndarray", # (n,) seconds
+    ):
+        self.paths, self.starts, self.ends = paths, starts, ends
+
+    def __len__(self): return len(self.paths)
+
+    def __getitem__(self, i: int):
+        from audiomaepp.audio import AudioError, load_audio
+
+        try:
+            seconds = self.ends[i] - self.starts[i]
+            return load_audio(self.paths[i], 16000, start=self.starts[i], seconds=seconds).numpy(), 16000
+        except (AudioError, OSError):
+            return None
+
+# %% ../nbs/40_run.ipynb #40a00016
+_UNSEEN = ("path_bytes", "embedding", "start", "end", "size", "modified")  # columns that say nothing on a page
+
+
+class TableMap(NamedTuple):
+    "Clips of a table of embeddings."
+
+    vectors: "np.ndarray" # (n, D)
+    table: "pd.DataFrame" # columns that a page can show
+    audio: Sequence # path of each clip or window; None: there is no file
+    held_out: "str | np.ndarray" # (n,) True for a clip that the training did not see, or "unknown"
+
+
+def open_table(
+    path: str | os.PathLike, # Parquet file that `embed_folder` wrote
+) -> TableMap:
+    "Return what the map of a table needs; raise `ValueError` if it holds no embeddings."
+    from audiomaepp.plots import UNKNOWN
+    from audiomaepp.search import _opened
+    from audiomaepp.store import stacked
+    from audiomaepp.tables import paths_of
+
+    frame, _, notes = _opened(path)
+    vectors, paths = stacked(frame["embedding"], path), paths_of(frame)
+    audio = [place if os.path.isfile(place) else None for place in paths]
+    table = frame.drop(columns=[c for c in frame if c in _UNSEEN or frame[c].isna().all()])
+    if notes.get("rows") == "windows" and {"start", "end"} <= {*frame}:
+        audio = Windows(paths, *(frame[name].to_numpy(float) for name in ("start", "end")))
+        names = [f"{Path(place).name} from {start:.2f} s" for place, start in zip(paths, frame["start"], strict=True)]
+        table = table.assign(name=names, start=frame["start"])
+    elif "name" not in table:
+        table = table.assign(name=[Path(place).name if sound else place.removeprefix("synthetic/")
+                                   for place, sound in zip(paths, audio, strict=True)])
+    seen = in_training(notes["place"], notes.get("model", ""), paths) if notes.get("place") else None
+    return TableMap(vectors, table, audio, UNKNOWN if seen is None else ~seen)
+
+# %% ../nbs/40_run.ipynb #40a00019
+def map_table(
+    path: str | os.PathLike, # Parquet file that `embed_folder` wrote
+    out: str | os.PathLike | None = None, # HTML file; beside the table and named after it by default
+    color: str = "label", # column that colors the points
+    atlas: bool = False, # whether to write a table for embedding-atlas too; alone, if the map has too many clips
+) -> tuple[list[Path], "Explorer | None"]: # written files, and the map
+    "Write the map of a table of embeddings as a page and a picture."
+    from audiomaepp.explorer import MOST_POINTS, explore, save_atlas
+
+    page = Path(out or Path(path).with_name(f"{Path(path).stem}_map.html"))
+    paths, explorer = _outputs(page, atlas), None
+    if color != "label":
+        need_color(color, parquet_schema(path).names)
+    vectors, table, audio, held_out = open_table(path)
+    make_folder(page.parent)
+    if atlas:
+        save_atlas(vectors, table, paths[-1])
+    if len(vectors) > MOST_POINTS and atlas:
+        return paths[-1:], None
+    if len(vectors) > MOST_POINTS:
+        raise ValueError(f"a map must have at most {MOST_POINTS:,} clips, got {len(vectors):,}; use --atlas, which "
+                         "writes a table for embedding-atlas")
+    explorer = explore(vectors, table, audio, held_out=held_out, color=color if color in table else None,
+                       title=Path(path).name)
+    explorer.save(page)
+    explorer.plot().savefig(paths[1], dpi=110)
+    return paths, explorer
+
+
+def _outputs(
+    page: Path, # HTML file
+    atlas: bool, # whether there will be a table for embedding-atlas
+) -> list[Path]:
+    "Return the files of a map; raise `ValueError` if one would replace a file that is no map."
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"out must be an HTML file, got {str(page)!r}; use {page.with_suffix('.html')}")
+    paths = [page, page.with_suffix(".png"), page.with_name(f"{page.stem}_atlas.parquet")][: 3 if atlas else 2]
+    ours = page.is_file() and b'<div id="explorer">' in page.read_bytes()
+    for path in [] if ours else filter(Path.exists, paths):
+        if path.suffix != ".parquet" or "neighbors" not in parquet_schema(path).names:
+            raise ValueError(f"out must be a new file or a map that audiomaepp wrote, got {path}, which is neither; "
+                             "use another --out")
+    return paths
+
 # %% ../nbs/40_run.ipynb #79a49da1
 def evaluation_of(
     run: RunFolder, # run to score
@@ -589,6 +854,23 @@ def evaluation_of(
         found = run.scored[1]
     found.report.hints = hints(run.config, found.train)[run.is_classifier :]  # a classifier has settings of its own
     return found
+
+
+def space_of(
+    run: RunFolder, # run to draw
+    color: str = "label", # column that will color the map; checked before anything is decoded
+    everything: bool = False, # whether the training clips are on the map too
+    quiet: bool = False, # whether progress is hidden
+    device: str | None = None, # device of the models; a GPU if there is one
+) -> Space:
+    "Embed the clips of a run for its map, or return the stored result if the weights are the same."
+    if color != "label":
+        need_color(color, [*load_source(run.path).find(run.config).table, "seconds"])  # a duration is known later
+    state = run.state()
+    if run.spaces.get(everything, (None,))[0] != state:
+        found = evaluation_of(run, quiet=quiet, how={"device": device} if device else None)
+        run.spaces[everything] = state, map_space(run.path, found, everything, quiet, device)
+    return run.spaces[everything][1]
 
 # %% ../nbs/40_run.ipynb #265471d2
 def stored_report(run: RunFolder) -> "Report | None": # None if there are no scores of these weights
@@ -681,9 +963,9 @@ class Run(RunFolder):
         "Score held-out clips beside the baseline and chance; `data` are other sounds, `how` says how to split them."
         return evaluation_of(self, data, quiet, how).report
 
-    def map(self, color: str = "label", quiet: bool = False) -> "Figure":
-        "Draw the held-out clips, this model beside the baseline; `color` is a column of the recordings."
-        return map_figure(evaluation_of(self, quiet=quiet), self.path.name, color)
+    def map(self, color: str = "label", quiet: bool = False, everything: bool = False, device=None) -> "Explorer":
+        "Return the map of the held-out clips, with `everything` of all clips; `color` is a column of the recordings."
+        return explorer_of(space_of(self, color, everything, quiet, device), self.path.name, color)
 
     def reconstructions(self, n: int = 3) -> "Figures":
         "Draw the input, the visible patches and the reconstruction of `n` held-out clips."
@@ -693,9 +975,12 @@ class Run(RunFolder):
         "Draw every loss and score against the epoch."
         return curves_figure(self.path)
 
-    def draw(self, color: str = "label", quiet: bool = False) -> list[Path]:
-        "Write all pictures into the folder of the run; return the files."
-        return draw_run(self.path, evaluation_of(self, quiet=quiet), color)
+    def draw(
+        self, color: str = "label", quiet: bool = False, everything: bool = False, atlas: bool = False, device=None
+    ) -> list[Path]:
+        "Write all pictures into the folder of the run, `atlas` also a table for embedding-atlas; return the files."
+        space = space_of(self, color, everything, quiet, device)
+        return draw_run(self.path, evaluation_of(self, quiet=quiet), color, space, atlas)
 
     def embed(self, data=None, out: str | os.PathLike | None = None, quiet: bool = False, **how) -> "pd.DataFrame":
         "Embed a folder, or the run's own sounds, into a Parquet file; reuse it unless `overwrite=True`."
@@ -740,6 +1025,6 @@ def demo_run(
         remove_claimed(out, "demo")
         clips = 200 if quick else 15_000  # training clips of all epochs together
         epochs = max(1, min(60, round(clips / len(opened.train))))
-        cfg = Config.preset("nano", epochs=epochs, warmup_epochs=0.1 * epochs)
+        cfg = Config.preset("nano", epochs=epochs, warmup_epochs=0.1 * epochs, snapshots=True)
         train_run(cfg, source, out, quiet=quiet, opened=opened, command="demo")
     return Run(out)

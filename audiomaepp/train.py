@@ -33,11 +33,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config
-from .files import OutputError, Stopped, naming, only_writer, stopping, write_atomic
+from .files import OutputError, Stopped, make_folder, naming, only_writer, read_header, stopping, write_atomic
 from .losses import rankme, uniformity_loss
 from .model import AudioMAEPlusPlus
 from .tables import cell_text, html_table, text_table
-from .weights import checked_progress, checked_tensors, cpu_state, need_finite
+from audiomaepp.weights import (
+    check_shapes,
+    checked_progress,
+    checked_tensors,
+    cpu_state,
+    need_finite,
+    read_tensors,
+    sizes,
+    weight_shapes,
+)
 
 # %% ../nbs/04_train.ipynb #84659884
 def cosine_lr(
@@ -626,6 +635,44 @@ class Checkpoints:
             raise ValueError(f"{error}" + f"; to resume from an earlier one, rename it to {self.newest.name}: {others}"
                              * bool(others)) from error
 
+# %% ../nbs/04_train.ipynb #5a9b0002
+SNAPSHOTS = "snapshots/epoch_*.safetensors" # in the folder of a run
+
+
+def untrained(
+    cfg: Config, # config of a run
+) -> AudioMAEPlusPlus: # in evaluation mode
+    "Return the model with which a training starts: its weights come from `cfg.seed`."
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)
+        return AudioMAEPlusPlus(cfg).eval()
+
+
+def write_snapshot(
+    model: nn.Module, # model in training
+    folder: str | os.PathLike, # folder of the run
+    epoch: int, # number of complete epochs
+):
+    "Write the weights of a model without its decoder, in half precision."
+    path = Path(folder) / SNAPSHOTS.replace("*", f"{epoch:04d}")
+    weights = {name: value.half() for name, value in cpu_state(model).items() if not name.startswith("decoder.")}
+    need_finite(weights, path)
+    make_folder(path.parent)
+    write_atomic(path, safetensors.torch.save(weights))
+
+
+def read_snapshots(
+    folder: str | os.PathLike, # folder of a run
+    cfg: Config, # its config
+) -> dict[int, AudioMAEPlusPlus]: # {epoch: model}, in order; the decoder is untrained
+    "Return the snapshots of a run. Raises `ValueError` that names the file if one is damaged."
+    models, shapes = {}, {name: s for name, s in weight_shapes(cfg).items() if not name.startswith("decoder.")}
+    for path in sorted(Path(folder).glob(SNAPSHOTS)):
+        check_shapes(read_header(path).shapes, shapes, path, f"the encoder of this run ({sizes(cfg)})")
+        models[int(path.stem.rpartition("_")[2])] = model = untrained(cfg)
+        model.load_state_dict({name: value.float() for name, value in read_tensors(path).items()}, strict=False)
+    return models
+
 # %% ../nbs/04_train.ipynb #6935882e
 def _chosen_score(scores: dict, best_by: str) -> float:
     "Return the score that chooses the weights; higher is better."
@@ -677,6 +724,9 @@ class _Saver:
                 self.state.history.to_csv(self.folder / "history.csv")
             elif self.writes and self.checkpoints.newest.exists():
                 raise ValueError(f"{self.folder} already holds a run; use Trainer.resume, or choose another out_dir")
+            elif self.writes:  # of a training that was killed before its first checkpoint
+                for path in self.folder.glob(SNAPSHOTS):
+                    path.unlink()
             yield
 
     def restore(self, header: dict): # JSON part of the newest checkpoint
@@ -693,6 +743,12 @@ class _Saver:
         "Write the weights as the best ones."
         if self.writes:
             self.checkpoints.with_room(partial(self.state.model.write, self.folder))
+
+    def snapshot(self):
+        "Keep the weights of the encoder after epochs 1, 2, 4, 8, …, if the config asks for it."
+        state = self.state
+        if self.writes and state.cfg.snapshots and not state.batch and state.epoch.bit_count() == 1:
+            self.checkpoints.with_room(partial(write_snapshot, state.model, self.folder, state.epoch))
 
     def save(self):
         "Write the checkpoint, the history and the list of skipped clips."
@@ -915,6 +971,7 @@ class Trainer:
                     update = engine.step(item.batches, state.step, self.schedule.lr(state.step), self.transform)
                     self.log.step(update, partial(batches.names, item.batches))
                 state.epoch, state.batch = item.position
+                self.saver.snapshot()
                 due = self.schedule.evaluates(state.step, *item.position)
                 if due or item.late or not item.batches:
                     self.log.row(score if due else dict)

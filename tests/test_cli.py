@@ -286,10 +286,10 @@ def test_a_class_has_one_color_on_both_maps(run, monkeypatch):
     """Whoever looks a clip up on the page that has stood out in the picture looks for its color."""
     from matplotlib.colors import to_hex
 
-    from audiomaepp import maps
+    from audiomaepp import explorer
 
-    figures, plain = [], maps.plot_maps
-    monkeypatch.setattr(maps, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
+    figures, plain = [], explorer.plot_maps
+    monkeypatch.setattr(explorer, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
     found = running.evaluate_run(run, quiet=True)
     some = found.test.labels > 0  # the first class has no clip among them
     part = dict(test=found.test.select(some), test_x=found.test_x[some], baseline_x=found.baseline_x[some])

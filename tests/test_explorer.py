@@ -54,6 +54,8 @@ def test_settings_are_aligned_and_their_numbers_and_roles_arrive():
     assert [s["name"] for s in payload["settings"]] == ["plain", "log-mel", "epoch 2", "epoch 1"]
     assert [s["baseline"] for s in payload["settings"]] == [False, True, False, False]
     assert [s["step"] for s in payload["settings"]] == [False, False, True, True]
+    assert payload["first"] == 0 and explore(settings, held_out="x", steps=names[1:]).payload["first"] == 0
+    assert explore(settings, held_out="x", steps=names, baselines=["plain"]).payload["first"] == 3, "the last step"
     for s in payload["settings"]:
         np.testing.assert_array_equal(read(s["xy"], "<f4").reshape(-1, 2), maps[s["name"]])
     first = payload["settings"][0]["numbers"]
@@ -183,6 +185,14 @@ def test_the_sentence_says_which_clips_are_held_out():
     figure = explore(X, held_out=flags).plot()
     assert "held-out clips: 10 clips" in figure._suptitle.get_text()
     assert sum(len(c.get_offsets()) for c in figure.axes[0].collections) == 10
+
+
+def test_a_table_of_unknown_origin_claims_nothing():
+    "A map of the training's own clips would pass for one of held-out clips."
+    explorer = explore(X, held_out="unknown")
+    payload, title = explorer.payload, explorer.plot()._suptitle.get_text()
+    assert payload["note"] == "It is not known which of these clips the training saw." and "not known" in title
+    assert "held" not in title and set(read(payload["held"], "u1")) == {2}
 
 
 def test_wrong_input_is_named():

@@ -139,6 +139,33 @@ def test_a_page_opens_with_webgl_and_shows_title_sentence_and_numbers(opened):
     assert rows == [["kNN-10"], ["plain", "0.30"], ["untrained", "0.50"], ["chance", "0.33"]]
 
 
+def test_a_training_opens_at_its_end_and_one_comes_back_from_a_baseline(opened, tmp_path):
+    "The first look would be at log-mel statistics; and after a look at them, the trained model was out of reach."
+    few = {name: SETTINGS[name] for name in ("untrained", "epoch 1", "epoch 2", "plain")}
+    steps, places = ("untrained", "epoch 1", "epoch 2"), AlignedMaps({name: PLACES[name] for name in few}, {})
+    numbers = {name: {"kNN-10": 0.5} for name in few}
+    page = explore(few, held_out="x", numbers=numbers, baselines=["untrained", "plain"], steps=steps, maps=places)
+    shown = opened(page.save(tmp_path / "steps.html"))
+    assert shown.text(".amx-step") == "epoch 2" and shown.text(".amx-current th") == "epoch 2"
+    x, y = shown.place(9)
+    shown.page.get_by_label("plain").check()
+    shown.settle()
+    assert shown.place(9) != [x, y]
+    box = shown.page.locator(".amx-steps input").bounding_box()
+    shown.page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    shown.settle()
+    assert shown.place(9) == [x, y] and shown.js("e.state.setting") == 3
+
+
+def test_a_clip_of_unknown_origin_is_called_neither(opened, tmp_path):
+    shown = opened(explore(GRID, TABLE, held_out="unknown").save(tmp_path / "unknown.html"))
+    shown.click(13)
+    shown.wait("e.state.selected === 13")
+    assert "training clip" not in shown.text(".amx-card") and "held out" not in shown.text(".amx-card")
+    shown.js("e.state.rows = [13]")
+    assert next(csv.DictReader(io.StringIO(shown.js("e.csv()"))))["held_out"] == ""
+
+
 def test_the_pointer_shows_name_label_and_spectrogram(opened):
     shown = opened()
     shown.page.mouse.move(*shown.place(13))

@@ -97,7 +97,7 @@ def quick_demo(monkeypatch):
     preset = Config.preset
     tiny = dict(embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, precision="fp32")
     monkeypatch.setattr(cli.Config, "preset", lambda name, **changes: preset(name, **tiny | changes | dict(epochs=1)))
-    monkeypatch.setattr(running, "draw_run", lambda run, evaluation, color: [])
+    monkeypatch.setattr(running.Run, "draw", lambda run, **options: [])
     monkeypatch.setattr(source.Source, "synthetic_clips", 3)
     plain = source.Source.__init__
 

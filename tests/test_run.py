@@ -186,7 +186,7 @@ def test_hints_look_at_the_sounds():
 def test_pictures(run):
     from matplotlib.figure import Figure
 
-    assert isinstance(run.map("site", quiet=True), Figure) and isinstance(run.curves(), Figure)
+    assert isinstance(run.map("site", quiet=True).plot(), Figure) and isinstance(run.curves(), Figure)
     assert run.reconstructions(2)._repr_html_().count("<img") == 2
     with pytest.raises(ValueError, match="color must be a column of the recordings, got 'sight'.*site"):
         run.map("sight", quiet=True)

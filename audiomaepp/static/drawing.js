@@ -73,7 +73,7 @@ function decode(payload) {
     if (c.kind === "number") return { ...c, values: array(c.values, Float32Array) };
     return c;
   });
-  return { ...payload, settings, columns, held: array(payload.held, Uint8Array) };
+  return { first: 0, ...payload, settings, columns, held: array(payload.held, Uint8Array) };
 }
 
 /** Return a number with three significant digits. */

@@ -18,7 +18,7 @@ export function mount(el, payload, callbacks = {}) {
   const leaving = new AbortController(); // ends every listener outside of the element
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
   const state = {
-    setting: 0, previous: -1, color: columns.findIndex((c) => c.name === data.color), selected: -1, hover: -1,
+    setting: data.first, previous: -1, color: columns.findIndex((c) => c.name === data.color), selected: -1, hover: -1,
     rows: [], found: null, hidden: new Set(), mode: "pan", trails: calm.matches, t: 1, steps: null,
   };
   const sounds = soundsOf(data, () => { markPlaying(); });
@@ -94,8 +94,8 @@ export function mount(el, payload, callbacks = {}) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paint(), { signal: leaving.signal });
 
   // ------------------------------------------------------------------------------------------ the picture
-  let from = settings[0].xy;
-  let to = settings[0].xy;
+  let from = settings[data.first].xy;
+  let to = from;
   const now = new Float32Array(2 * n); // where each point is drawn
   const looks = new Uint8Array(8 * n);
   const view = { x: 0, y: 0, scale: 1 };
@@ -321,11 +321,12 @@ export function mount(el, payload, callbacks = {}) {
 
   const steps = settings.map((s, k) => k).filter((k) => settings[k].step);
   const radios = settings.map((s, k) => s.step ? null : h("input", {
-    type: "radio", name: id, value: String(k), checked: k === 0, onchange: () => { halt(); show(k); },
+    type: "radio", name: id, value: String(k), checked: k === data.first, onchange: () => { halt(); show(k); },
   }));
   const slider = h("input", {
     type: "range", min: "0", max: String(Math.max(0, steps.length - 1)), step: "1", value: "0", "aria-label": "Step",
     oninput: () => { halt(); show(steps[Number(slider.value)]); },
+    onclick: () => { halt(); show(steps[Number(slider.value)]); }, // back from a setting beside it, to where it stands
   });
   const stepName = h("output", { class: "amx-step" });
   const stepButton = h("button", {
@@ -428,7 +429,8 @@ export function mount(el, payload, callbacks = {}) {
     const column = columns[state.color]?.kind === "class" ? columns[state.color] : columns[labelColumn];
     return column ? cell(column, i) || "unlabeled" : "";
   };
-  const describe = (i) => [data.names[i], label(i), data.held[i] ? "held out" : "training clip"].filter(Boolean).join(", ");
+  const part = (i) => ["training clip", "held out", ""][data.held[i]]; // 2: it is not known
+  const describe = (i) => [data.names[i], label(i), part(i)].filter(Boolean).join(", ");
   const say = (text) => { live.textContent = text; };
 
   /** Select a clip, show it in the panel, and play it. */
@@ -506,7 +508,7 @@ export function mount(el, payload, callbacks = {}) {
       const picture = h("canvas", { class: "amx-picture", "data-row": String(i), role: "img", "aria-label": "Spectrogram" });
       const near = neighbors(i);
       card.replaceChildren(h("div", { class: "amx-head" }, playButton(i), h("div", {}, h("h3", {}, data.names[i]),
-        h("p", {}, swatch(i), [label(i), data.held[i] ? "held out" : "training clip"].filter(Boolean).join(" · ")))),
+        h("p", {}, swatch(i), [label(i), part(i)].filter(Boolean).join(" · ")))),
       picture,
       h("dl", {}, ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))])));
       picture.hidden = !showPicture(i, picture);
@@ -540,7 +542,7 @@ export function mount(el, payload, callbacks = {}) {
   function csv() {
     const quote = (value) => `"${(/^[=+\-@\t\r]/.test(value) && Number.isNaN(Number(value)) ? `'${value}` : value).replaceAll('"', '""')}"`;
     const head = ["row", "name", "held_out", ...columns.map((c) => c.name)];
-    const body = state.rows.map((i) => [String(i), data.names[i], data.held[i] ? "1" : "0", ...columns.map((c) => String(cell(c, i)))]);
+    const body = state.rows.map((i) => [String(i), data.names[i], ["0", "1", ""][data.held[i]], ...columns.map((c) => String(cell(c, i)))]);
     return [head, ...body].map((row) => row.map(quote).join(",")).join("\r\n") + "\r\n";
   }
   function download() {
@@ -589,7 +591,7 @@ export function mount(el, payload, callbacks = {}) {
     redraw();
     if (i < 0) return;
     const picture = h("canvas", { class: "amx-picture", "data-row": String(i) });
-    tip.replaceChildren(h("strong", {}, data.names[i]), h("span", {}, swatch(i), [label(i), !data.held[i] && "training clip"].filter(Boolean).join(" · ")), picture);
+    tip.replaceChildren(h("strong", {}, data.names[i]), h("span", {}, swatch(i), [label(i), data.held[i] ? "" : part(i)].filter(Boolean).join(" · ")), picture);
     picture.hidden = !showPicture(i, picture);
     const [px, py] = [screenX(i), screenY(i)];
     const box = tip.getBoundingClientRect();
