@@ -47,8 +47,8 @@ from audiomaepp.files import (
 )
 from .model import AudioMAEPlusPlus
 from .store import write_parquet
-from .train import History, Trainer, collapse_warning
-from .validation import Validation, baseline_features, untrained_model
+from .train import History, Trainer, collapse_warning, untrained
+from .validation import Validation, baseline_features
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -802,7 +802,7 @@ def score_baselines(
     same = experiment.versions == _library_versions()  # a finished comparison of another version is only read
     if same and not _is_finished(at := run_folder(folder, UNTRAINED, 0)):
         setting, seed = experiment.runs()[0]
-        model = untrained_model(experiment.config(setting, seed))
+        model = untrained(experiment.config(setting, seed))
         _write_results(at, score_model(model, UNTRAINED, experiment.poolings(setting), parts), History())
 
 # %% ../nbs/42_lab.ipynb #ad82d5c8

@@ -111,12 +111,3 @@ def baseline_features(
         logmel.num_frames = max(2, 1 + wave.shape[1] // logmel.hop_length)
         specs.append(logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0, : logmel.num_frames])
     return logmel_statistics(specs)
-
-# %% ../nbs/23_validation.ipynb #5d0a71c3
-def untrained_model(
-    cfg: Config, # settings of a training
-) -> AudioMAEPlusPlus: # in evaluation mode
-    "Return the model with the weights with which a training begins; leave the random state unchanged."
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        return AudioMAEPlusPlus(cfg).eval()
