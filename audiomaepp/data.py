@@ -100,7 +100,8 @@ class Recordings:
         self.table = _with_paths(table.reset_index(drop=True), self.paths)
         if "label" not in self.table:
             self.table["label"] = None
-        self.table["label"] = self.table["label"].map(_text).astype(object)
+        labels = self.table["label"].map(_text).astype(object)
+        self.table["label"] = labels.where(labels.notna(), None)  # pandas turns None into NaN
         self.sample_rate, self.source, self.skipped = sample_rate, source, Skipped(skipped)
         self.classes = sorted(self.table["label"].dropna().unique(), key=_natural) if classes is None else list(classes)
         self.waves = [None] * len(self.table) if waves is None else list(waves)

@@ -352,3 +352,13 @@ def test_the_bar_says_that_it_is_scoring(sounds, tmp_path, capsys):
     """It stood at 100 % for as long as the validation took, as if the command hung."""
     Run.train(sounds, out=tmp_path / "run", fold=2, **TINY)
     assert re.search("scoring: 100%.*training: 100%", capsys.readouterr().err, re.S)
+
+
+def test_some_clips_may_have_no_label(sounds, tmp_path):
+    "A table with an empty cell ended with a TypeError before the training began."
+    table = pd.read_csv(sounds)
+    table.loc[::4, "label"] = None
+    table.assign(path=[sounds.parent / path for path in table["path"]]).to_csv(tmp_path / "list.csv", index=False)
+    run = Run.train(tmp_path / "list.csv", out=tmp_path / "run", fold=2, quiet=True, **TINY)
+    assert sum(label is None for part in run.data[:2] for label in part.table["label"]) == 5
+    assert "kNN-10" in run.map(quiet=True).payload["settings"][0]["numbers"]
