@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
@@ -693,33 +694,43 @@ def in_training(
     run: str | os.PathLike, # folder of the run, if there is one
     model: str, # fingerprint of the model that made the embeddings
     paths: list[str], # paths of the clips
-) -> "np.ndarray | None": # (n,) True for a training clip; None if it is not known
+    states: Iterable[tuple[int, int]] = (), # size and modification time of each file when it was embedded, if known
+) -> "np.ndarray | None": # (n,) True for a training clip; None if it is not known of each clip
     "Return which clips the training of a run saw."
     import numpy as np
 
     from audiomaepp.embed import fingerprint
     from audiomaepp.source import _read_rows, _Row
+    from audiomaepp.store import recording_state
 
     run = Path(run)
     if not (run / "recordings.csv").is_file() or (run / "classifier.json").exists():
         return None
-    if fingerprint(RunFolder(run).model) != model:
+    try:
+        if fingerprint(RunFolder(run).model) != model:
+            return None
+    except (OSError, ValueError):  # the model is gone, or damaged
         return None
     base = load_source(run).place
     base = base if os.path.isdir(base) else os.path.dirname(base)
-    rows = {name: row for (name, _), row in _read_rows(run / "recordings.csv").items() if row["part"] == "train"}
-    sizes, digests = ({row[what] for row in rows.values()} for what in ("size", "digest"))
+    rows = _read_rows(run / "recordings.csv")
+    train, test = ({name: row for (name, _), row in rows.items() if row["part"] == part} for part in ("train", "test"))
+    sizes, digests = ({row[what] for row in train.values()} for what in ("size", "digest"))
 
-    def seen(path: str) -> bool:
+    def seen(path: str, state: tuple[int, int] | None) -> bool | None:
         there = os.path.isfile(path)
         path = os.path.abspath(path) if there else path
-        if printable(os.path.relpath(path, base) if os.path.isabs(path) else path) in rows:
+        if (name := printable(os.path.relpath(path, base) if os.path.isabs(path) else path)) in train:
             return True
+        if not there:  # it may have been a copy of a training clip
+            return test[name]["digest"] in digests if name in test else None
+        if state not in (None, recording_state(path, None)):
+            return None
         row = _Row("", "", SimpleNamespace(paths=[path]), 0)
-        return there and row.state()[0] in sizes and row.digest() in digests
+        return row.state()[0] in sizes and row.digest() in digests
 
-    known = {path: seen(path) for path in dict.fromkeys(paths)}
-    return np.array([known[path] for path in paths], dtype=bool)
+    known = {path: seen(path, state) for path, state in dict(zip_longest(paths, states)).items()}
+    return None if None in known.values() else np.array([known[path] for path in paths], dtype=bool)
 
 # %% ../nbs/40_run.ipynb #40a00014
 class Windows(Sequence):
@@ -777,7 +788,8 @@ def open_table(
     elif "name" not in table:
         table = table.assign(name=[Path(place).name if sound else place.removeprefix("synthetic/")
                                    for place, sound in zip(paths, audio, strict=True)])
-    seen = in_training(notes["place"], notes.get("model", ""), paths) if notes.get("place") else None
+    states = zip(*(frame[name].tolist() for name in ("size", "modified") if name in frame), strict=True)
+    seen = in_training(notes["place"], notes.get("model", ""), paths, states) if notes.get("place") else None
     return TableMap(vectors, table, audio, UNKNOWN if seen is None else ~seen)
 
 # %% ../nbs/40_run.ipynb #40a00019

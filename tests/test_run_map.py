@@ -264,6 +264,31 @@ def test_otherwise_nothing_is_claimed(change, sounds, plain, tmp_path, capsys):
     assert payload["note"] == said and said in capsys.readouterr().out and set(held(payload)) == {2}
 
 
+@pytest.mark.parametrize("change", ["removed", "replaced", "model removed"])
+def test_files_that_are_not_what_was_embedded_are_not_called_held_out(change, run, sounds, tmp_path):
+    "Each clip of the training was a held-out clip on the map, once the folder that was embedded was gone."
+    home, maker = tmp_path / "copy", shutil.copytree(run.path, tmp_path / "maker")
+    home.mkdir()
+    for path in sounds.parent.glob("*.wav"):
+        shutil.copy(path, home / f"other{path.name}")
+    Run(maker).embed(home, out=tmp_path / "z.parquet", quiet=True)
+    assert sum(~running.open_table(tmp_path / "z.parquet").held_out) == len(run.data.train)
+    if change == "removed":
+        shutil.rmtree(home)
+    elif change == "replaced":
+        for path in home.iterdir():
+            soundfile.write(path, np.zeros(9000), 16000)
+    else:
+        (maker / "model.safetensors").unlink()
+    assert running.open_table(tmp_path / "z.parquet").held_out == "unknown"
+
+
+def test_a_table_is_known_without_its_files(tmp_path):
+    made = Run.train(out=tmp_path / "run", synthetic_clips=3, epochs=1, **TINY)
+    made.embed(out=tmp_path / "x.parquet", quiet=True)
+    assert sum(running.open_table(tmp_path / "x.parquet").held_out) == len(made.data.test)
+
+
 def test_windows_are_heard_each(run, tmp_path):
     "Every window would play the beginning of its recording."
     home = tmp_path / "long"
