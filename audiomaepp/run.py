@@ -228,6 +228,8 @@ def evaluate_run(
     run = Path(run)
     model = AudioMAEPlusPlus.from_pretrained(run)
     found = score_parts(model, open_again(run, model.cfg, quiet), quiet, device)
+    if copies := sum(trained_on(run, found.test)):
+        found.report.protocol += f"; copies of training clips among the held-out clips: {copies}"
     if 0 < (done := _epochs_done(run)) < model.cfg.epochs:
         found.report.protocol += f"; the training stopped after {done} of {model.cfg.epochs} epochs"
     found.report.to_csv(run / "results.csv")
@@ -324,7 +326,9 @@ def map_space(
     train, test, rows = found.train, found.test, found.report.rows
     vectors, numbers = {}, {name: _numbers(rows[name]) for name in (MODEL, BASELINE_ROW, "chance") if name in rows}
     clips = _joined(train, test) if everything else test
-    held_out = np.arange(len(clips)) >= len(train) if everything else found.protocol
+    new, held_out = ~np.array(trained_on(run, test), dtype=bool), found.protocol
+    if everything or not new.all():  # a copy of a training clip is not held out
+        held_out = np.concatenate([np.zeros(len(clips) - len(test), bool), new])
     if len(clips) > MOST_ALIGNED:
         return Space(clips, held_out, {MODEL: shown(found.train_x, found.test_x)}, numbers, ())
     cfg = Config.load(Path(run) / "config.json")
@@ -854,7 +858,7 @@ def evaluation_of(
                              "group, held_out, fraction, label_from or group_from")
         source.check()
         found = score_parts(run.path, open_source(source, run.config, quiet), quiet, device)
-        if copies := trained_on(run.path, found.test):
+        if copies := sum(trained_on(run.path, found.test)):
             found.report.protocol += (f". {copies} of the {len(found.test)} scored recordings are training recordings "
                                       "of the run, so these are not held-out numbers")
     elif how:

@@ -317,12 +317,12 @@ def open_again(
 def trained_on(
     run: str | os.PathLike, # folder of the run
     recordings: "Recordings", # recordings to look up
-) -> int:
-    "Return how many recordings have the contents of a training recording of a run; 0 for a run of an earlier version."
+) -> list[bool]: # one for each recording; all False for a run of an earlier version
+    "Return which recordings have the contents of a training recording of a run."
     path = Path(run) / "recordings.csv"
     if not path.is_file():
-        return 0
+        return [False] * len(recordings)
     known = {row["digest"] for row in _read_rows(path).values() if row["part"] == "train"}
     with ThreadPoolExecutor() as pool:
         rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
-        return sum(digest in known for digest in pool.map(_Row.digest, rows))
+        return [digest in known for digest in pool.map(_Row.digest, rows)]

@@ -149,6 +149,21 @@ def test_everything_shows_the_training_clips_hollow(run):
     assert knn[0] == knn[1], "the scores are those of the held-out clips"
 
 
+def test_a_held_out_copy_of_a_training_clip_is_not_called_new(sounds, tmp_path):
+    "A clip that was downloaded twice stood on the map as one that the training never saw."
+    home = shutil.copytree(sounds.parent, tmp_path / "twice")
+    table = pd.read_csv(home / "list.csv")
+    one, other = (table["path"][table["fold"] == fold].iloc[0] for fold in (1, 2))
+    shutil.copy(home / one, home / other)
+    made = Run.train(home / "list.csv", out=tmp_path / "run", fold=2, epochs=1, **TINY)
+    for everything in (False, True):
+        payload = made.map(quiet=True, everything=everything).payload
+        assert held(payload).sum() == 7 and "7 held-out clips" in payload["note"]
+        assert not held(payload)[payload["names"].index(other)]
+    said = "copies of training clips among the held-out clips: 1"
+    assert said in made.evaluate(quiet=True).protocol and said in (made.path / "results.json").read_text()
+
+
 def test_without_labels_there_are_no_accuracies(sounds, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
