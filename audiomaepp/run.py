@@ -379,7 +379,7 @@ def need_color(
     columns: Iterable[str], # names of the columns
 ):
     "Raise `ValueError` if there is no such column."
-    if color not in (columns := list(columns)):
+    if color not in (columns := [name for name in columns if name not in ("path", "path_bytes")]):
         raise ValueError(f"color must be a column of the recordings, got {color!r}; use one of {', '.join(columns)}")
 
 
@@ -809,8 +809,10 @@ def map_table(
     page = Path(out or Path(path).with_name(f"{Path(path).stem}_map.html"))
     paths, explorer = _outputs(page, atlas), None
     if color != "label":
-        need_color(color, parquet_schema(path).names)
+        need_color(color, [name for name in parquet_schema(path).names if name == "start" or name not in _UNSEEN])
     vectors, table, audio, held_out = open_table(path)
+    if color != "label":
+        need_color(color, table)
     make_folder(page.parent)
     if atlas:
         save_atlas(vectors, table, paths[-1])
@@ -834,7 +836,7 @@ def _outputs(
     if page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"out must be an HTML file, got {str(page)!r}; use {page.with_suffix('.html')}")
     paths = [page, page.with_suffix(".png"), page.with_name(f"{page.stem}_atlas.parquet")][: 3 if atlas else 2]
-    ours = page.is_file() and b'<div id="explorer">' in page.read_bytes()
+    ours = page.is_file() and b'<body class="amx-page">' in page.read_bytes()
     for path in [] if ours else filter(Path.exists, paths):
         if path.suffix != ".parquet" or "neighbors" not in parquet_schema(path).names:
             raise ValueError(f"out must be a new file or a map that audiomaepp wrote, got {path}, which is neither; "

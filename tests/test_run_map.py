@@ -222,6 +222,9 @@ def test_an_unknown_color_is_refused_before_anything_is_decoded(run, table, monk
     message = refused("map", run.path, "--color", "sight")
     assert "got 'sight'" in message and "site" in message
     assert "got 'sight'" in refused("map", table, "--color", "sight")
+    for hidden in ("size", "embedding", "path"):
+        assert f"got '{hidden}'" in refused("map", table, "--color", hidden), "the map has another color"
+    assert "got 'path'" in refused("map", run.path, "--color", "path")
 
 
 def test_too_many_clips_lead_to_the_atlas(plain, table, monkeypatch):
@@ -325,6 +328,8 @@ def test_only_maps_are_replaced(run, table, tmp_path):
     mine.write_text("<p>mine</p>")
     assert "which is neither" in refused("map", table, "--out", mine) and mine.read_text() == "<p>mine</p>"
     assert "must be an HTML file" in refused("map", table, "--out", tmp_path / "mine.png")
+    mine.write_text(report := '<h1>Report</h1><div id="explorer"></div>')  # of a comparison
+    assert "which is neither" in refused("map", table, "--out", mine) and mine.read_text() == report
     table.with_name("x_map.png").write_bytes(b"mine")
     assert "which is neither" in refused("map", table) and table.with_name("x_map.png").read_bytes() == b"mine"
     table.with_name("x_map.png").unlink()
