@@ -89,7 +89,9 @@ class Validation:
             if reconstruct:
                 labels = torch.zeros(len(spec), dtype=torch.long, device=device)  # else a second view is encoded
                 errors.append(model(spec, labels).losses["reconstruction"].item())
-        return torch.cat(rows).numpy(), errors
+        if not (x := torch.cat(rows)).isfinite().all():  # weights of a step that diverged, before its next loss
+            raise FloatingPointError("the embeddings must be finite, got NaN or infinity; use a lower base_lr")
+        return x.numpy(), errors
 
 
 def _geometry(x: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -773,3 +773,11 @@ def test_what_is_written_is_plain(comparison, tmp_path):
 
 if __name__ == "__main__":
     slow_comparison(sys.argv[1], pause=0.3)
+
+
+def test_a_training_whose_last_step_diverges_does_not_end_the_comparison(sounds, tmp_path):
+    "No loss was infinite yet, so the scores of its weights ended all trainings with an error of the SVD."
+    settings = {"calm": {}, "wild": dict(base_lr=1e30, warmup_epochs=0)}
+    found = compare_losses(sounds, settings, base=config(), out=tmp_path / "lab", quiet=True)
+    assert {r.setting for r in found.results} == {"calm"} and "lower base_lr" in found.failed["wild", 0]
+    assert found.report(tmp_path / "report.html").is_file() and "wild" not in repr(found.map())
