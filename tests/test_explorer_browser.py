@@ -200,6 +200,28 @@ def test_a_click_plays_the_clip_and_lists_its_neighbors_in_the_embedding(opened)
     assert shown.js("e.state.selected") == rows[13][2]
 
 
+def test_the_panel_leads_to_clips_among_another_label(opened, tmp_path):
+    "Without it, a misplaced clip is found by luck: by its color among other colors."
+    x = np.repeat(np.eye(3, 8), 12, axis=0) + RNG.normal(size=(36, 8)) * 0.01
+    labels = np.repeat(["dog", "rain", "sea"], 12).astype(object)
+    labels[[5, 30]] = "sea", None  # a sea among dogs; a clip without a label
+    audio = [(np.sin(np.arange(8000) / 9).astype(np.float32), 16000)] * 36
+    settings, places = {"good": x, "mixed": RNG.permutation(x)}, {"good": x[:, :2], "mixed": x[:, 1:3]}
+    page = explore(settings, {"label": labels}, audio, held_out="x", maps=AlignedMaps(places, {}))
+    shown = opened(page.save(tmp_path / "strays.html"))
+    listed = shown.page.locator(".amx-strays li")
+    assert listed.count() == 1 and "1 of 36" in shown.text(".amx-strays h4")
+    assert "sea among dog" in listed.inner_text()
+    shown.page.get_by_label("mixed").check()
+    assert listed.count() == 8  # of the setting that is shown, the first eight of its list
+    shown.page.get_by_label("good").check()
+    listed.locator(".amx-name").click()
+    shown.wait("e.state.selected === 5 && e.sounds.playing === 5")
+    assert shown.page.locator(".amx-list li").count() == 10 and listed.count() == 0
+    shown.page.keyboard.press("Escape")
+    assert listed.count() == 1
+
+
 def test_the_keyboard_alone_finds_plays_and_clears(opened):
     shown = opened()
     for _ in range(40):

@@ -62,6 +62,7 @@ export function mount(el, payload, callbacks = {}) {
   const numbers = h("div", { class: "amx-numbers" });
   const card = h("section", { class: "amx-card", "aria-label": "Clip" });
   const list = h("section", { class: "amx-list", "aria-label": "Clips" });
+  const strays = h("section", { class: "amx-strays", "aria-label": "Clips whose nearest clips have another label" });
   const picked = h("section", { class: "amx-picked", "aria-label": "Selection", hidden: true });
   const switches = h("div", { class: "amx-switches" });
   const root = h("div", { class: data.previews || data.links ? "amx" : "amx amx-mute" },
@@ -72,7 +73,7 @@ export function mount(el, payload, callbacks = {}) {
         h("label", {}, h("span", {}, "Color"), colorBy), themeButton)),
     h("div", { class: "amx-body" },
       h("div", { class: "amx-main" }, switches, h("div", { class: "amx-stage" }, map, tools), legend),
-      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, card, list, picked,
+      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, card, strays, list, picked,
         data.sound && h("p", { class: "amx-small" }, data.sound))),
     live);
   el.replaceChildren(root);
@@ -425,10 +426,8 @@ export function mount(el, payload, callbacks = {}) {
   }
 
   const labelColumn = columns.findIndex((c) => c.name === "label" && c.kind === "class");
-  const label = (i) => {
-    const column = columns[state.color]?.kind === "class" ? columns[state.color] : columns[labelColumn];
-    return column ? cell(column, i) || "unlabeled" : "";
-  };
+  const classes = () => (columns[state.color]?.kind === "class" ? columns[state.color] : columns[labelColumn]);
+  const label = (i) => (classes() ? cell(classes(), i) || "unlabeled" : "");
   const part = (i) => ["training clip", "held out", ""][data.held[i]]; // 2: it is not known
   const describe = (i) => [data.names[i], label(i), part(i)].filter(Boolean).join(", ");
   const say = (text) => { live.textContent = text; };
@@ -437,7 +436,9 @@ export function mount(el, payload, callbacks = {}) {
   function choose(i, play) {
     state.selected = i;
     if (!state.rows.length) callbacks.onSelect?.([i]);
+    const focused = root.contains(document.activeElement);
     fillPanel();
+    if (focused && !root.contains(document.activeElement)) map.focus({ preventScroll: true }); // its row is gone
     paint();
     say(describe(i));
     if (play) sounds.play(i);
@@ -469,8 +470,8 @@ export function mount(el, payload, callbacks = {}) {
     type: "button", class: "amx-play", "data-row": String(i), disabled: !sounds.has(i), "aria-label": `Play ${data.names[i]}`,
     onclick: (e) => { e.stopPropagation(); sounds.playing === i ? sounds.stop() : sounds.play(i); },
   }, icon(sounds.playing === i ? ICONS.stop : ICONS.play));
-  const item = (i, note) => h("li", { "data-row": String(i), onpointerenter: () => { state.hover = i; redraw(); }, onpointerleave: () => { state.hover = -1; redraw(); } },
-    playButton(i), h("button", { type: "button", class: "amx-name", onclick: () => choose(i, true) }, swatch(i), h("span", {}, data.names[i]), h("small", {}, label(i))),
+  const item = (i, note, about = label(i)) => h("li", { "data-row": String(i), onpointerenter: () => { state.hover = i; redraw(); }, onpointerleave: () => { state.hover = -1; redraw(); } },
+    playButton(i), h("button", { type: "button", class: "amx-name", onclick: () => choose(i, true) }, swatch(i), h("span", {}, data.names[i]), h("small", {}, about)),
     note !== undefined && h("span", { class: "amx-far" }, note));
 
   function markPlaying() {
@@ -502,8 +503,30 @@ export function mount(el, payload, callbacks = {}) {
     return Array.from({ length: n }, (_, i) => [i, Math.hypot(b[2 * i] - a[2 * i], b[2 * i + 1] - a[2 * i + 1]) / all]);
   }
 
+  /** Return [row, code, share] of the clips most of whose nearest clips have another label, the least fitting first. */
+  function astray() {
+    const codes = classes()?.codes;
+    const found = [];
+    if (codes) for (let i = 0; i < n; i++) {
+      if (codes[i] === MISSING) continue;
+      const counts = new Map([[codes[i], 0]]); // first, so that a tie is its own
+      for (const [j] of neighbors(i)) if (codes[j] !== MISSING) counts.set(codes[j], (counts.get(codes[j]) ?? 0) + 1);
+      const [code, most] = [...counts].reduce((best, next) => (next[1] > best[1] ? next : best));
+      if (code !== codes[i]) found.push([i, code, counts.get(codes[i]) - most]);
+    }
+    return found.sort((a, b) => a[2] - b[2]);
+  }
+
+  function fillStrays() {
+    const found = state.selected < 0 && !state.rows.length ? astray() : [];
+    strays.replaceChildren(...(found.length ? [
+      h("h4", {}, `Clips whose nearest clips have another ${classes().name}`, h("small", {}, `${found.length} of ${n}`)),
+      h("ol", {}, ...found.slice(0, 8).map(([i, code]) => item(i, undefined, `${label(i)} among ${classes().classes[code]}`)))] : []));
+  }
+
   function fillPanel() {
     const i = state.selected;
+    fillStrays();
     if (i >= 0) {
       const picture = h("canvas", { class: "amx-picture", "data-row": String(i), role: "img", "aria-label": "Spectrogram" });
       const near = neighbors(i);
