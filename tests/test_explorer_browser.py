@@ -222,6 +222,18 @@ def test_the_panel_leads_to_clips_among_another_label(opened, tmp_path):
     assert listed.count() == 1
 
 
+def test_a_clip_can_be_closed_without_a_keyboard_and_its_neighbors_come_before_its_columns(opened):
+    "A phone has no Escape key; and ten columns pushed the neighbors out of a panel of this height."
+    shown = opened(viewport={"width": 1000, "height": 640})
+    shown.click(13)
+    shown.wait("e.state.selected === 13")
+    place = {name: shown.page.locator(f".amx-panel {name}").first.bounding_box()["y"] for name in ("ol", "dl")}
+    assert place["ol"] < place["dl"]
+    shown.page.get_by_label("Close this clip").click()
+    assert shown.js("e.state.selected") == -1 and shown.js("e.sounds.playing") == -1
+    assert "Click a point" in shown.text(".amx-card") and shown.page.locator(".amx-panel dl").is_hidden()
+
+
 def test_the_keyboard_alone_finds_plays_and_clears(opened):
     shown = opened()
     for _ in range(40):

@@ -62,6 +62,7 @@ export function mount(el, payload, callbacks = {}) {
   const numbers = h("div", { class: "amx-numbers" });
   const card = h("section", { class: "amx-card", "aria-label": "Clip" });
   const list = h("section", { class: "amx-list", "aria-label": "Clips" });
+  const facts = h("dl", { "aria-label": "Columns of the table" });
   const strays = h("section", { class: "amx-strays", "aria-label": "Clips whose nearest clips have another label" });
   const picked = h("section", { class: "amx-picked", "aria-label": "Selection", hidden: true });
   const switches = h("div", { class: "amx-switches" });
@@ -73,7 +74,7 @@ export function mount(el, payload, callbacks = {}) {
         h("label", {}, h("span", {}, "Color"), colorBy), themeButton)),
     h("div", { class: "amx-body" },
       h("div", { class: "amx-main" }, switches, h("div", { class: "amx-stage" }, map, tools), legend),
-      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, card, strays, list, picked,
+      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, card, strays, list, facts, picked,
         data.sound && h("p", { class: "amx-small" }, data.sound))),
     live);
   el.replaceChildren(root);
@@ -444,6 +445,15 @@ export function mount(el, payload, callbacks = {}) {
     if (play) sounds.play(i);
   }
 
+  /** Go back from a clip to the lists. */
+  function leave() {
+    sounds.stop();
+    state.selected = -1;
+    callbacks.onSelect?.(state.rows);
+    fillPanel();
+    paint();
+  }
+
   function clear() {
     sounds.stop();
     [state.selected, state.found, search.value] = [-1, null, ""];
@@ -527,13 +537,14 @@ export function mount(el, payload, callbacks = {}) {
   function fillPanel() {
     const i = state.selected;
     fillStrays();
+    facts.replaceChildren();
     if (i >= 0) {
       const picture = h("canvas", { class: "amx-picture", "data-row": String(i), role: "img", "aria-label": "Spectrogram" });
       const near = neighbors(i);
       card.replaceChildren(h("div", { class: "amx-head" }, playButton(i), h("div", {}, h("h3", {}, data.names[i]),
-        h("p", {}, swatch(i), [label(i), part(i)].filter(Boolean).join(" · ")))),
-      picture,
-      h("dl", {}, ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))])));
+        h("p", {}, swatch(i), [label(i), part(i)].filter(Boolean).join(" · "))),
+        tool("close", "Close this clip (Escape)", () => { leave(); map.focus({ preventScroll: true }); })), picture);
+      facts.replaceChildren( ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))]));
       picture.hidden = !showPicture(i, picture);
       list.replaceChildren(...(near.length ? [h("h4", {}, "Nearest in the embedding", h("small", {}, "cosine distance")),
         h("ol", {}, ...near.map(([j, far]) => item(j, far.toFixed(2))))] : []));
