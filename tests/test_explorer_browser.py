@@ -441,6 +441,27 @@ def test_a_phone_has_the_panel_below_and_nothing_to_scroll_sideways(opened):
     place = {name: shown.page.locator(f".amx-{name}").bounding_box() for name in ("map", "panel")}
     assert place["panel"]["y"] >= place["map"]["y"] + place["map"]["height"] and place["map"]["width"] > 340
     assert all(0 <= box["x"] and box["x"] + box["width"] <= 390 for box in place.values())
+    card, numbers = (shown.page.locator(f".amx-{name}").bounding_box() for name in ("card", "numbers"))
+    assert card["y"] < numbers["y"]  # what was tapped is next to the map
+
+
+def test_on_a_phone_a_report_shows_the_whole_explorer_without_a_scroll_area_in_the_page(opened, tmp_path):
+    "A box of fixed height cut the map in two, and what a tap had found was below its edge."
+    page = made().save(tmp_path / "part.html")
+    page.write_text(page.read_text("utf-8").replace('class="amx-page"', ""), "utf-8")
+    shown = opened(page, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    assert shown.page.evaluate("""() => [...document.querySelectorAll('.amx, .amx-body, .amx-panel')].every(
+        (box) => box.scrollHeight <= box.clientHeight + 1)""")
+    root, panel = (shown.page.locator(name).bounding_box() for name in (".amx", ".amx-panel"))
+    assert panel["y"] + panel["height"] <= root["y"] + root["height"]
+
+
+def test_no_clip_is_under_the_tools_when_the_whole_map_is_shown(opened):
+    shown = opened(viewport={"width": 800, "height": 420})
+    shown.page.get_by_label("both").check()  # the map with the highest clips
+    shown.settle()
+    tools = shown.page.locator(".amx-tools").bounding_box()
+    assert min(shown.place(i)[1] for i in range(N)) > tools["y"] + tools["height"]
 
 
 def test_two_fingers_zoom(opened):

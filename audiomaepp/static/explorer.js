@@ -273,8 +273,10 @@ export function mount(el, payload, callbacks = {}) {
     const [left, low, right, high] = corners;
     [view.x, view.y] = [(left + right) / 2, (low + high) / 2];
     const room = Math.min(48, width / 10, height / 10);
-    view.scale = fitted = Math.min((width - 2 * room) / (right - left || 1e-6), (height - 2 * room) / (high - low || 1e-6));
+    const top = Math.min(60, height / 4); // the tools are there
+    view.scale = fitted = Math.min((width - 2 * room) / (right - left || 1e-6), (height - room - top) / (high - low || 1e-6));
     if (!Number.isFinite(view.scale) || right - left + high - low < 1e-6) view.scale = fitted = 1;
+    view.y += (top - room) / 2 / view.scale;
     redraw();
   }
 
