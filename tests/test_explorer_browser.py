@@ -139,6 +139,21 @@ def test_a_page_opens_with_webgl_and_shows_title_sentence_and_numbers(opened):
     assert rows == [["kNN-10"], ["plain", "0.30"], ["untrained", "0.50"], ["chance", "0.33"]]
 
 
+def test_the_numbers_are_explained_and_keep_their_columns(opened, tmp_path):
+    "Two words of the table were explained nowhere, and columns changed places when a setting without one was shown."
+    numbers = {"plain": {"kNN-10": 0.5, "trust": 0.9}, "both": {"kNN-10": 0.4, "RankMe": 3.0, "trust": 0.8}}
+    maps = AlignedMaps({name: PLACES[name] for name in numbers}, {})
+    page = explore({k: SETTINGS[k] for k in numbers}, held_out="x", numbers=numbers, baselines=["both"], maps=maps)
+    shown = opened(page.save(tmp_path / "numbers.html"))
+    heads = shown.page.locator(".amx-numbers thead th")
+    before = heads.all_inner_texts()
+    shown.page.get_by_label("both").check()
+    assert [name for name in before if name in heads.all_inner_texts()] == heads.all_inner_texts()
+    shown.page.get_by_text("What the numbers mean").click()
+    words = shown.page.locator(".amx-meanings dt").all_inner_texts()
+    assert words == before and "nearest training clips" in shown.text(".amx-meanings")
+
+
 def test_a_training_opens_at_its_end_and_one_comes_back_from_a_baseline(opened, tmp_path):
     "The first look would be at log-mel statistics; and after a look at them, the trained model was out of reach."
     few = {name: SETTINGS[name] for name in ("untrained", "epoch 1", "epoch 2", "plain")}
@@ -352,7 +367,7 @@ def test_lasso_and_box_select_what_they_enclose(opened):
 
 def test_search_finds_names_and_enter_plays_the_first(opened):
     shown = opened()
-    shown.page.get_by_label("Search clips by name").fill("CLIP 4")
+    shown.page.get_by_label("Search clips by name or label").fill("CLIP 4")
     found = shown.page.locator(".amx-results li")
     assert found.count() == 10 and "10 clips" in shown.text(".amx-results")
     shown.page.keyboard.press("Enter")

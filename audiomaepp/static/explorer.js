@@ -7,6 +7,13 @@
 // hold anything: every text enters the page as text (textContent, setAttribute), never as markup, and nothing
 // is loaded from anywhere.
 
+const MEANINGS = {
+  "kNN-10": "share of the held-out clips whose ten nearest training clips vote for the right label",
+  linear: "share of the held-out clips that a linear classifier of the embeddings labels correctly",
+  RankMe: "number of dimensions that the embeddings make use of",
+  trust: "how well the map keeps the nearest clips of the embedding, at most 1",
+};
+
 let mounted = 0; // makes the names of radio groups unique
 
 /** Draw the explorer into an element; return its handle. */
@@ -43,7 +50,7 @@ export function mount(el, payload, callbacks = {}) {
     tool("plus", "Zoom in", () => zoom(1.5)), tool("minus", "Zoom out", () => zoom(1 / 1.5)),
     tool("fit", "Show the whole map (double click)", () => fit()));
   const search = h("input", {
-    type: "search", placeholder: "Search by name", "aria-label": "Search clips by name", class: "amx-search",
+    type: "search", placeholder: "Name or label", "aria-label": "Search clips by name or label", class: "amx-search",
     autocomplete: "off", oninput: () => find(search.value),
     onkeydown: (e) => {
       if (e.key === "Enter" && state.found?.length) { choose(state.found[0], true); find(search.value = ""); map.focus(); }
@@ -60,6 +67,7 @@ export function mount(el, payload, callbacks = {}) {
   const trailBox = h("input", { type: "checkbox", checked: state.trails, onchange: () => { state.trails = trailBox.checked; fade(); } });
   const legend = h("div", { class: "amx-legend" });
   const numbers = h("div", { class: "amx-numbers" });
+  const meanings = h("details", { class: "amx-meanings amx-small" });
   const card = h("section", { class: "amx-card", "aria-label": "Clip" });
   const list = h("section", { class: "amx-list", "aria-label": "Clips" });
   const facts = h("dl", { "aria-label": "Columns of the table" });
@@ -74,7 +82,7 @@ export function mount(el, payload, callbacks = {}) {
         h("label", {}, h("span", {}, "Color"), colorBy), themeButton)),
     h("div", { class: "amx-body" },
       h("div", { class: "amx-main" }, switches, h("div", { class: "amx-stage" }, map, tools), legend),
-      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, card, strays, list, facts, picked,
+      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, meanings, card, strays, list, facts, picked,
         data.sound && h("p", { class: "amx-small" }, data.sound))),
     live);
   el.replaceChildren(root);
@@ -334,7 +342,7 @@ export function mount(el, payload, callbacks = {}) {
   });
   const stepName = h("output", { class: "amx-step" });
   const stepButton = h("button", {
-    type: "button", class: "amx-tool", "aria-label": "Play the steps", title: "Play the steps",
+    type: "button", class: "amx-tool", "aria-label": "Play the steps", title: "Play the steps of the training",
     onclick: () => (state.steps ? halt() : march()),
   }, icon(ICONS.play));
   function march() {
@@ -363,15 +371,23 @@ export function mount(el, payload, callbacks = {}) {
       h("span", {}, s.name, s.baseline && h("small", {}, "baseline"))));
     if (choices.some(Boolean)) switches.append(h("fieldset", {}, h("legend", { class: "amx-hidden" }, "Setting"), ...choices.filter(Boolean)));
     if (steps.length) switches.append(h("div", { class: "amx-steps" }, stepButton, slider, stepName));
-    switches.append(h("label", { class: "amx-trails" }, trailBox, "keep trails"));
+    switches.append(h("label", { class: "amx-trails", title: "Keep the lines along which the clips moved" }, trailBox, "keep trails"));
   }
+
+  const scores = [...new Set([...settings].sort((a, b) => Object.keys(b.numbers).length - Object.keys(a.numbers).length)
+    .flatMap((s) => Object.keys(s.numbers)).concat(Object.values(data.references).flatMap(Object.keys)))];
+  const known = scores.filter((name) => MEANINGS[name]);
+  meanings.hidden = !known.length;
+  meanings.append(h("summary", {}, "What the numbers mean"),
+    h("dl", {}, ...known.flatMap((name) => [h("dt", {}, name), h("dd", {}, MEANINGS[name])])));
 
   function fillNumbers() {
     const current = settings[state.setting];
     const rows = [[current.name, current.numbers, "amx-current"],
       ...settings.filter((s) => s.baseline && s !== current).map((s) => [s.name, s.numbers, ""]),
       ...Object.entries(data.references).map(([name, values]) => [name, values, ""])];
-    const names = [...new Set(rows.flatMap(([, values]) => Object.keys(values)))];
+    const present = new Set(rows.flatMap(([, values]) => Object.keys(values)));
+    const names = scores.filter((name) => present.has(name)); // in one order, whichever setting is shown
     if (!names.length) return numbers.replaceChildren();
     numbers.replaceChildren(h("table", {},
       h("thead", {}, h("tr", {}, h("td"), ...names.map((name) => h("th", { scope: "col" }, name)))),
@@ -548,12 +564,13 @@ export function mount(el, payload, callbacks = {}) {
         tool("close", "Close this clip (Escape)", () => { leave(); map.focus({ preventScroll: true }); })), picture);
       facts.replaceChildren( ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))]));
       picture.hidden = !showPicture(i, picture);
-      list.replaceChildren(...(near.length ? [h("h4", {}, "Nearest in the embedding", h("small", {}, "cosine distance")),
+      list.replaceChildren(...(near.length ? [h("h4", {}, "Nearest in the embedding", h("small", {}, "cosine distance, 0: same")),
         h("ol", {}, ...near.map(([j, far]) => item(j, far.toFixed(2))))] : []));
       return;
     }
     card.replaceChildren(h("p", { class: "amx-hint" }, data.previews || data.links
-      ? "Click a point to hear it and to see its nearest clips." : "Click a point to see its nearest clips."));
+      ? "Click a point to hear it and to see its nearest clips." : "Click a point to see its nearest clips."),
+      h("p", { class: "amx-small amx-keys" }, "On the map, arrow keys go from clip to clip, Enter plays, and Shift + drag selects clips."));
     if (state.previous >= 0 && !state.rows.length) {
       const far = moved().sort((a, b) => b[1] - a[1]).slice(0, 10).filter(([, share]) => share > 0);
       list.replaceChildren(h("h4", {}, `Moved most from ${settings[state.previous].name}`, h("small", {}, "share of the map")),
