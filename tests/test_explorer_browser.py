@@ -151,7 +151,7 @@ def test_the_numbers_are_explained_and_keep_their_columns(opened, tmp_path):
     assert [name for name in before if name in heads.all_inner_texts()] == heads.all_inner_texts()
     shown.page.get_by_text("What the numbers mean").click()
     words = shown.page.locator(".amx-meanings dt").all_inner_texts()
-    assert words == before and "nearest training clips" in shown.text(".amx-meanings")
+    assert words == [*before, "cosine distance"] and "nearest training clips" in shown.text(".amx-meanings")
 
 
 def test_a_training_opens_at_its_end_and_one_comes_back_from_a_baseline(opened, tmp_path):
@@ -242,11 +242,11 @@ def test_a_clip_can_be_closed_without_a_keyboard_and_its_neighbors_come_before_i
     shown = opened(viewport={"width": 1000, "height": 640})
     shown.click(13)
     shown.wait("e.state.selected === 13")
-    place = {name: shown.page.locator(f".amx-panel {name}").first.bounding_box()["y"] for name in ("ol", "dl")}
-    assert place["ol"] < place["dl"]
+    place = {name: shown.page.locator(f".amx-{name}").bounding_box()["y"] for name in ("list", "facts")}
+    assert place["list"] < place["facts"]
     shown.page.get_by_label("Close this clip").click()
     assert shown.js("e.state.selected") == -1 and shown.js("e.sounds.playing") == -1
-    assert "Click a point" in shown.text(".amx-card") and shown.page.locator(".amx-panel dl").is_hidden()
+    assert "Click a point" in shown.text(".amx-card") and shown.page.locator(".amx-facts").is_hidden()
 
 
 def test_the_keyboard_alone_finds_plays_and_clears(opened):
@@ -260,11 +260,11 @@ def test_the_keyboard_alone_finds_plays_and_clears(opened):
     first = shown.js("e.state.selected")
     press("ArrowRight")
     assert shown.js("e.state.selected") == first + 1 and shown.js("e.sounds.playing") == -1
-    press("ArrowUp")
-    assert shown.js("e.state.selected") == first + 11
-    assert NAMES[first + 11] in shown.text("[role=status]")
+    press("ArrowDown")
+    assert shown.js("e.state.selected") == first - 9
+    assert NAMES[first - 9] in shown.text("[role=status]")
     press("Enter")
-    shown.wait(f"e.sounds.playing === {first + 11} && !e.sounds.audio.paused")
+    shown.wait(f"e.sounds.playing === {first - 9} && !e.sounds.audio.paused")
     press(" ")
     assert shown.js("e.sounds.audio.paused") and shown.js("e.sounds.playing") == -1
     outline = shown.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")

@@ -12,6 +12,7 @@ const MEANINGS = {
   linear: "share of the held-out clips that a linear classifier of the embeddings labels correctly",
   RankMe: "number of dimensions that the embeddings make use of",
   trust: "how well the map keeps the nearest clips of the embedding, at most 1",
+  "cosine distance": "0 between equal embeddings, 1 between unrelated ones",
 };
 
 let mounted = 0; // makes the names of radio groups unique
@@ -50,7 +51,7 @@ export function mount(el, payload, callbacks = {}) {
     tool("plus", "Zoom in", () => zoom(1.5)), tool("minus", "Zoom out", () => zoom(1 / 1.5)),
     tool("fit", "Show the whole map (double click)", () => fit()));
   const search = h("input", {
-    type: "search", placeholder: "Name or label", "aria-label": "Search clips by name or label", class: "amx-search",
+    type: "search", placeholder: "Search", title: "Name or label", "aria-label": "Search clips by name or label", class: "amx-search",
     autocomplete: "off", oninput: () => find(search.value),
     onkeydown: (e) => {
       if (e.key === "Enter" && state.found?.length) { choose(state.found[0], true); find(search.value = ""); map.focus(); }
@@ -70,7 +71,7 @@ export function mount(el, payload, callbacks = {}) {
   const meanings = h("details", { class: "amx-meanings amx-small" });
   const card = h("section", { class: "amx-card", "aria-label": "Clip" });
   const list = h("section", { class: "amx-list", "aria-label": "Clips" });
-  const facts = h("dl", { "aria-label": "Columns of the table" });
+  const facts = h("dl", { class: "amx-facts", "aria-label": "Columns of the table" });
   const strays = h("section", { class: "amx-strays", "aria-label": "Clips whose nearest clips have another label" });
   const picked = h("section", { class: "amx-picked", "aria-label": "Selection", hidden: true });
   const switches = h("div", { class: "amx-switches" });
@@ -376,7 +377,7 @@ export function mount(el, payload, callbacks = {}) {
 
   const scores = [...new Set([...settings].sort((a, b) => Object.keys(b.numbers).length - Object.keys(a.numbers).length)
     .flatMap((s) => Object.keys(s.numbers)).concat(Object.values(data.references).flatMap(Object.keys)))];
-  const known = scores.filter((name) => MEANINGS[name]);
+  const known = [...scores, settings.some((s) => s.near.length) && "cosine distance"].filter((name) => MEANINGS[name]);
   meanings.hidden = !known.length;
   meanings.append(h("summary", {}, "What the numbers mean"),
     h("dl", {}, ...known.flatMap((name) => [h("dt", {}, name), h("dd", {}, MEANINGS[name])])));
@@ -564,7 +565,7 @@ export function mount(el, payload, callbacks = {}) {
         tool("close", "Close this clip (Escape)", () => { leave(); map.focus({ preventScroll: true }); })), picture);
       facts.replaceChildren( ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))]));
       picture.hidden = !showPicture(i, picture);
-      list.replaceChildren(...(near.length ? [h("h4", {}, "Nearest in the embedding", h("small", {}, "cosine distance, 0: same")),
+      list.replaceChildren(...(near.length ? [h("h4", {}, "Nearest in the embedding", h("small", {}, "cosine distance")),
         h("ol", {}, ...near.map(([j, far]) => item(j, far.toFixed(2))))] : []));
       return;
     }
