@@ -139,6 +139,21 @@ def test_a_page_opens_with_webgl_and_shows_title_sentence_and_numbers(opened):
     assert rows == [["kNN-10"], ["plain", "0.30"], ["untrained", "0.50"], ["chance", "0.33"]]
 
 
+def test_the_numbers_are_explained_and_keep_their_columns(opened, tmp_path):
+    "Two words of the table were explained nowhere, and columns changed places when a setting without one was shown."
+    numbers = {"plain": {"kNN-10": 0.5, "trust": 0.9}, "both": {"kNN-10": 0.4, "RankMe": 3.0, "trust": 0.8}}
+    maps = AlignedMaps({name: PLACES[name] for name in numbers}, {})
+    page = explore({k: SETTINGS[k] for k in numbers}, held_out="x", numbers=numbers, baselines=["both"], maps=maps)
+    shown = opened(page.save(tmp_path / "numbers.html"))
+    heads = shown.page.locator(".amx-numbers thead th")
+    before = heads.all_inner_texts()
+    shown.page.get_by_label("both").check()
+    assert [name for name in before if name in heads.all_inner_texts()] == heads.all_inner_texts()
+    shown.page.get_by_text("What the numbers mean").click()
+    words = shown.page.locator(".amx-meanings dt").all_inner_texts()
+    assert words == [*before, "cosine distance"] and "nearest training clips" in shown.text(".amx-meanings")
+
+
 def test_a_training_opens_at_its_end_and_one_comes_back_from_a_baseline(opened, tmp_path):
     "The first look would be at log-mel statistics; and after a look at them, the trained model was out of reach."
     few = {name: SETTINGS[name] for name in ("untrained", "epoch 1", "epoch 2", "plain")}
@@ -200,6 +215,40 @@ def test_a_click_plays_the_clip_and_lists_its_neighbors_in_the_embedding(opened)
     assert shown.js("e.state.selected") == rows[13][2]
 
 
+def test_the_panel_leads_to_clips_among_another_label(opened, tmp_path):
+    "Without it, a misplaced clip is found by luck: by its color among other colors."
+    x = np.repeat(np.eye(3, 8), 12, axis=0) + RNG.normal(size=(36, 8)) * 0.01
+    labels = np.repeat(["dog", "rain", "sea"], 12).astype(object)
+    labels[[5, 30]] = "sea", None  # a sea among dogs; a clip without a label
+    audio = [(np.sin(np.arange(8000) / 9).astype(np.float32), 16000)] * 36
+    settings, places = {"good": x, "mixed": RNG.permutation(x)}, {"good": x[:, :2], "mixed": x[:, 1:3]}
+    page = explore(settings, {"label": labels}, audio, held_out="x", maps=AlignedMaps(places, {}))
+    shown = opened(page.save(tmp_path / "strays.html"))
+    listed = shown.page.locator(".amx-strays li")
+    assert listed.count() == 1 and "1 of 36" in shown.text(".amx-strays h4")
+    assert "sea among dog" in listed.inner_text()
+    shown.page.get_by_label("mixed").check()
+    assert listed.count() == 8  # of the setting that is shown, the first eight of its list
+    shown.page.get_by_label("good").check()
+    listed.locator(".amx-name").click()
+    shown.wait("e.state.selected === 5 && e.sounds.playing === 5")
+    assert shown.page.locator(".amx-list li").count() == 10 and listed.count() == 0
+    shown.page.keyboard.press("Escape")
+    assert listed.count() == 1
+
+
+def test_a_clip_can_be_closed_without_a_keyboard_and_its_neighbors_come_before_its_columns(opened):
+    "A phone has no Escape key; and ten columns pushed the neighbors out of a panel of this height."
+    shown = opened(viewport={"width": 1000, "height": 640})
+    shown.click(13)
+    shown.wait("e.state.selected === 13")
+    place = {name: shown.page.locator(f".amx-{name}").bounding_box()["y"] for name in ("list", "facts")}
+    assert place["list"] < place["facts"]
+    shown.page.get_by_label("Close this clip").click()
+    assert shown.js("e.state.selected") == -1 and shown.js("e.sounds.playing") == -1
+    assert "Click a point" in shown.text(".amx-card") and shown.page.locator(".amx-facts").is_hidden()
+
+
 def test_the_keyboard_alone_finds_plays_and_clears(opened):
     shown = opened()
     for _ in range(40):
@@ -211,11 +260,11 @@ def test_the_keyboard_alone_finds_plays_and_clears(opened):
     first = shown.js("e.state.selected")
     press("ArrowRight")
     assert shown.js("e.state.selected") == first + 1 and shown.js("e.sounds.playing") == -1
-    press("ArrowUp")
-    assert shown.js("e.state.selected") == first + 11
-    assert NAMES[first + 11] in shown.text("[role=status]")
+    press("ArrowDown")
+    assert shown.js("e.state.selected") == first - 9
+    assert NAMES[first - 9] in shown.text("[role=status]")
     press("Enter")
-    shown.wait(f"e.sounds.playing === {first + 11} && !e.sounds.audio.paused")
+    shown.wait(f"e.sounds.playing === {first - 9} && !e.sounds.audio.paused")
     press(" ")
     assert shown.js("e.sounds.audio.paused") and shown.js("e.sounds.playing") == -1
     outline = shown.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -318,7 +367,7 @@ def test_lasso_and_box_select_what_they_enclose(opened):
 
 def test_search_finds_names_and_enter_plays_the_first(opened):
     shown = opened()
-    shown.page.get_by_label("Search clips by name").fill("CLIP 4")
+    shown.page.get_by_label("Search clips by name or label").fill("CLIP 4")
     found = shown.page.locator(".amx-results li")
     assert found.count() == 10 and "10 clips" in shown.text(".amx-results")
     shown.page.keyboard.press("Enter")
@@ -407,6 +456,27 @@ def test_a_phone_has_the_panel_below_and_nothing_to_scroll_sideways(opened):
     place = {name: shown.page.locator(f".amx-{name}").bounding_box() for name in ("map", "panel")}
     assert place["panel"]["y"] >= place["map"]["y"] + place["map"]["height"] and place["map"]["width"] > 340
     assert all(0 <= box["x"] and box["x"] + box["width"] <= 390 for box in place.values())
+    card, numbers = (shown.page.locator(f".amx-{name}").bounding_box() for name in ("card", "numbers"))
+    assert card["y"] < numbers["y"]  # what was tapped is next to the map
+
+
+def test_on_a_phone_a_report_shows_the_whole_explorer_without_a_scroll_area_in_the_page(opened, tmp_path):
+    "A box of fixed height cut the map in two, and what a tap had found was below its edge."
+    page = made().save(tmp_path / "part.html")
+    page.write_text(page.read_text("utf-8").replace('class="amx-page"', ""), "utf-8")
+    shown = opened(page, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    assert shown.page.evaluate("""() => [...document.querySelectorAll('.amx, .amx-body, .amx-panel')].every(
+        (box) => box.scrollHeight <= box.clientHeight + 1)""")
+    root, panel = (shown.page.locator(name).bounding_box() for name in (".amx", ".amx-panel"))
+    assert panel["y"] + panel["height"] <= root["y"] + root["height"]
+
+
+def test_no_clip_is_under_the_tools_when_the_whole_map_is_shown(opened):
+    shown = opened(viewport={"width": 800, "height": 420})
+    shown.page.get_by_label("both").check()  # the map with the highest clips
+    shown.settle()
+    tools = shown.page.locator(".amx-tools").bounding_box()
+    assert min(shown.place(i)[1] for i in range(N)) > tools["y"] + tools["height"]
 
 
 def test_two_fingers_zoom(opened):

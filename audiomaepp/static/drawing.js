@@ -41,6 +41,7 @@ const ICONS = {
   fit: "M3 7V3h4M13 3h4v4M17 13v4h-4M7 17H3v-4",
   plus: "M10 4v12M4 10h12",
   minus: "M4 10h12",
+  close: "M5 5l10 10M15 5 5 15",
   theme: "M10 3a7 7 0 1 0 0 14zM10 3a7 7 0 0 1 0 14",
 };
 const line = { class: "amx-line" };

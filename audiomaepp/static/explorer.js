@@ -7,6 +7,14 @@
 // hold anything: every text enters the page as text (textContent, setAttribute), never as markup, and nothing
 // is loaded from anywhere.
 
+const MEANINGS = {
+  "kNN-10": "share of the held-out clips whose ten nearest training clips vote for the right label",
+  linear: "share of the held-out clips that a linear classifier of the embeddings labels correctly",
+  RankMe: "number of dimensions that the embeddings make use of",
+  trust: "how well the map keeps the nearest clips of the embedding, at most 1",
+  "cosine distance": "0 between equal embeddings, 1 between unrelated ones",
+};
+
 let mounted = 0; // makes the names of radio groups unique
 
 /** Draw the explorer into an element; return its handle. */
@@ -43,7 +51,7 @@ export function mount(el, payload, callbacks = {}) {
     tool("plus", "Zoom in", () => zoom(1.5)), tool("minus", "Zoom out", () => zoom(1 / 1.5)),
     tool("fit", "Show the whole map (double click)", () => fit()));
   const search = h("input", {
-    type: "search", placeholder: "Search by name", "aria-label": "Search clips by name", class: "amx-search",
+    type: "search", placeholder: "Search", title: "Name or label", "aria-label": "Search clips by name or label", class: "amx-search",
     autocomplete: "off", oninput: () => find(search.value),
     onkeydown: (e) => {
       if (e.key === "Enter" && state.found?.length) { choose(state.found[0], true); find(search.value = ""); map.focus(); }
@@ -60,8 +68,11 @@ export function mount(el, payload, callbacks = {}) {
   const trailBox = h("input", { type: "checkbox", checked: state.trails, onchange: () => { state.trails = trailBox.checked; fade(); } });
   const legend = h("div", { class: "amx-legend" });
   const numbers = h("div", { class: "amx-numbers" });
+  const meanings = h("details", { class: "amx-meanings amx-small" });
   const card = h("section", { class: "amx-card", "aria-label": "Clip" });
   const list = h("section", { class: "amx-list", "aria-label": "Clips" });
+  const facts = h("dl", { class: "amx-facts", "aria-label": "Columns of the table" });
+  const strays = h("section", { class: "amx-strays", "aria-label": "Clips whose nearest clips have another label" });
   const picked = h("section", { class: "amx-picked", "aria-label": "Selection", hidden: true });
   const switches = h("div", { class: "amx-switches" });
   const root = h("div", { class: data.previews || data.links ? "amx" : "amx amx-mute" },
@@ -72,7 +83,7 @@ export function mount(el, payload, callbacks = {}) {
         h("label", {}, h("span", {}, "Color"), colorBy), themeButton)),
     h("div", { class: "amx-body" },
       h("div", { class: "amx-main" }, switches, h("div", { class: "amx-stage" }, map, tools), legend),
-      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, card, list, picked,
+      h("aside", { class: "amx-panel", "aria-label": "Numbers and clips" }, numbers, meanings, card, strays, list, facts, picked,
         data.sound && h("p", { class: "amx-small" }, data.sound))),
     live);
   el.replaceChildren(root);
@@ -271,8 +282,10 @@ export function mount(el, payload, callbacks = {}) {
     const [left, low, right, high] = corners;
     [view.x, view.y] = [(left + right) / 2, (low + high) / 2];
     const room = Math.min(48, width / 10, height / 10);
-    view.scale = fitted = Math.min((width - 2 * room) / (right - left || 1e-6), (height - 2 * room) / (high - low || 1e-6));
+    const top = Math.min(60, height / 4); // the tools are there
+    view.scale = fitted = Math.min((width - 2 * room) / (right - left || 1e-6), (height - room - top) / (high - low || 1e-6));
     if (!Number.isFinite(view.scale) || right - left + high - low < 1e-6) view.scale = fitted = 1;
+    view.y += (top - room) / 2 / view.scale;
     redraw();
   }
 
@@ -330,7 +343,7 @@ export function mount(el, payload, callbacks = {}) {
   });
   const stepName = h("output", { class: "amx-step" });
   const stepButton = h("button", {
-    type: "button", class: "amx-tool", "aria-label": "Play the steps", title: "Play the steps",
+    type: "button", class: "amx-tool", "aria-label": "Play the steps", title: "Play the steps of the training",
     onclick: () => (state.steps ? halt() : march()),
   }, icon(ICONS.play));
   function march() {
@@ -359,15 +372,23 @@ export function mount(el, payload, callbacks = {}) {
       h("span", {}, s.name, s.baseline && h("small", {}, "baseline"))));
     if (choices.some(Boolean)) switches.append(h("fieldset", {}, h("legend", { class: "amx-hidden" }, "Setting"), ...choices.filter(Boolean)));
     if (steps.length) switches.append(h("div", { class: "amx-steps" }, stepButton, slider, stepName));
-    switches.append(h("label", { class: "amx-trails" }, trailBox, "keep trails"));
+    switches.append(h("label", { class: "amx-trails", title: "Keep the lines along which the clips moved" }, trailBox, "keep trails"));
   }
+
+  const scores = [...new Set([...settings].sort((a, b) => Object.keys(b.numbers).length - Object.keys(a.numbers).length)
+    .flatMap((s) => Object.keys(s.numbers)).concat(Object.values(data.references).flatMap(Object.keys)))];
+  const known = [...scores, settings.some((s) => s.near.length) && "cosine distance"].filter((name) => MEANINGS[name]);
+  meanings.hidden = !known.length;
+  meanings.append(h("summary", {}, "What the numbers mean"),
+    h("dl", {}, ...known.flatMap((name) => [h("dt", {}, name), h("dd", {}, MEANINGS[name])])));
 
   function fillNumbers() {
     const current = settings[state.setting];
     const rows = [[current.name, current.numbers, "amx-current"],
       ...settings.filter((s) => s.baseline && s !== current).map((s) => [s.name, s.numbers, ""]),
       ...Object.entries(data.references).map(([name, values]) => [name, values, ""])];
-    const names = [...new Set(rows.flatMap(([, values]) => Object.keys(values)))];
+    const present = new Set(rows.flatMap(([, values]) => Object.keys(values)));
+    const names = scores.filter((name) => present.has(name)); // in one order, whichever setting is shown
     if (!names.length) return numbers.replaceChildren();
     numbers.replaceChildren(h("table", {},
       h("thead", {}, h("tr", {}, h("td"), ...names.map((name) => h("th", { scope: "col" }, name)))),
@@ -425,10 +446,8 @@ export function mount(el, payload, callbacks = {}) {
   }
 
   const labelColumn = columns.findIndex((c) => c.name === "label" && c.kind === "class");
-  const label = (i) => {
-    const column = columns[state.color]?.kind === "class" ? columns[state.color] : columns[labelColumn];
-    return column ? cell(column, i) || "unlabeled" : "";
-  };
+  const classes = () => (columns[state.color]?.kind === "class" ? columns[state.color] : columns[labelColumn]);
+  const label = (i) => (classes() ? cell(classes(), i) || "unlabeled" : "");
   const part = (i) => ["training clip", "held out", ""][data.held[i]]; // 2: it is not known
   const describe = (i) => [data.names[i], label(i), part(i)].filter(Boolean).join(", ");
   const say = (text) => { live.textContent = text; };
@@ -437,10 +456,21 @@ export function mount(el, payload, callbacks = {}) {
   function choose(i, play) {
     state.selected = i;
     if (!state.rows.length) callbacks.onSelect?.([i]);
+    const focused = root.contains(document.activeElement);
     fillPanel();
+    if (focused && !root.contains(document.activeElement)) map.focus({ preventScroll: true }); // its row is gone
     paint();
     say(describe(i));
     if (play) sounds.play(i);
+  }
+
+  /** Go back from a clip to the lists. */
+  function leave() {
+    sounds.stop();
+    state.selected = -1;
+    callbacks.onSelect?.(state.rows);
+    fillPanel();
+    paint();
   }
 
   function clear() {
@@ -469,8 +499,8 @@ export function mount(el, payload, callbacks = {}) {
     type: "button", class: "amx-play", "data-row": String(i), disabled: !sounds.has(i), "aria-label": `Play ${data.names[i]}`,
     onclick: (e) => { e.stopPropagation(); sounds.playing === i ? sounds.stop() : sounds.play(i); },
   }, icon(sounds.playing === i ? ICONS.stop : ICONS.play));
-  const item = (i, note) => h("li", { "data-row": String(i), onpointerenter: () => { state.hover = i; redraw(); }, onpointerleave: () => { state.hover = -1; redraw(); } },
-    playButton(i), h("button", { type: "button", class: "amx-name", onclick: () => choose(i, true) }, swatch(i), h("span", {}, data.names[i]), h("small", {}, label(i))),
+  const item = (i, note, about = label(i)) => h("li", { "data-row": String(i), onpointerenter: () => { state.hover = i; redraw(); }, onpointerleave: () => { state.hover = -1; redraw(); } },
+    playButton(i), h("button", { type: "button", class: "amx-name", onclick: () => choose(i, true) }, swatch(i), h("span", {}, data.names[i]), h("small", {}, about)),
     note !== undefined && h("span", { class: "amx-far" }, note));
 
   function markPlaying() {
@@ -502,22 +532,46 @@ export function mount(el, payload, callbacks = {}) {
     return Array.from({ length: n }, (_, i) => [i, Math.hypot(b[2 * i] - a[2 * i], b[2 * i + 1] - a[2 * i + 1]) / all]);
   }
 
+  /** Return [row, code, share] of the clips most of whose nearest clips have another label, the least fitting first. */
+  function astray() {
+    const codes = classes()?.codes;
+    const found = [];
+    if (codes) for (let i = 0; i < n; i++) {
+      if (codes[i] === MISSING) continue;
+      const counts = new Map([[codes[i], 0]]); // first, so that a tie is its own
+      for (const [j] of neighbors(i)) if (codes[j] !== MISSING) counts.set(codes[j], (counts.get(codes[j]) ?? 0) + 1);
+      const [code, most] = [...counts].reduce((best, next) => (next[1] > best[1] ? next : best));
+      if (code !== codes[i]) found.push([i, code, counts.get(codes[i]) - most]);
+    }
+    return found.sort((a, b) => a[2] - b[2]);
+  }
+
+  function fillStrays() {
+    const found = state.selected < 0 && !state.rows.length ? astray() : [];
+    strays.replaceChildren(...(found.length ? [
+      h("h4", {}, `Clips whose nearest clips have another ${classes().name}`, h("small", {}, `${found.length} of ${n}`)),
+      h("ol", {}, ...found.slice(0, 8).map(([i, code]) => item(i, undefined, `${label(i)} among ${classes().classes[code]}`)))] : []));
+  }
+
   function fillPanel() {
     const i = state.selected;
+    fillStrays();
+    facts.replaceChildren();
     if (i >= 0) {
       const picture = h("canvas", { class: "amx-picture", "data-row": String(i), role: "img", "aria-label": "Spectrogram" });
       const near = neighbors(i);
       card.replaceChildren(h("div", { class: "amx-head" }, playButton(i), h("div", {}, h("h3", {}, data.names[i]),
-        h("p", {}, swatch(i), [label(i), part(i)].filter(Boolean).join(" · ")))),
-      picture,
-      h("dl", {}, ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))])));
+        h("p", {}, swatch(i), [label(i), part(i)].filter(Boolean).join(" · "))),
+        tool("close", "Close this clip (Escape)", () => { leave(); map.focus({ preventScroll: true }); })), picture);
+      facts.replaceChildren( ...columns.filter((c, k) => k !== labelColumn && cell(c, i) !== "").flatMap((c) => [h("dt", {}, c.name), h("dd", {}, cell(c, i))]));
       picture.hidden = !showPicture(i, picture);
       list.replaceChildren(...(near.length ? [h("h4", {}, "Nearest in the embedding", h("small", {}, "cosine distance")),
         h("ol", {}, ...near.map(([j, far]) => item(j, far.toFixed(2))))] : []));
       return;
     }
     card.replaceChildren(h("p", { class: "amx-hint" }, data.previews || data.links
-      ? "Click a point to hear it and to see its nearest clips." : "Click a point to see its nearest clips."));
+      ? "Click a point to hear it and to see its nearest clips." : "Click a point to see its nearest clips."),
+      h("p", { class: "amx-small amx-keys" }, "On the map, arrow keys go from clip to clip, Enter plays, and Shift + drag selects clips."));
     if (state.previous >= 0 && !state.rows.length) {
       const far = moved().sort((a, b) => b[1] - a[1]).slice(0, 10).filter(([, share]) => share > 0);
       list.replaceChildren(h("h4", {}, `Moved most from ${settings[state.previous].name}`, h("small", {}, "share of the map")),
