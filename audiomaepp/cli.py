@@ -225,7 +225,8 @@ def how_to_look(
 ) -> list[str]:
     "Return what to do with a map, in a line for each file."
     click = "see its neighbors" if silent else "hear it and to see its ten nearest neighbors"
-    how = {".html": f"Open {{}} in a browser: click a point to {click}.",
+    how = {".html": f"Open {{}} in a browser: click a point to {click}. "
+                    "With labels, a list beside it names clips whose nearest clips have another label.",
            ".parquet": "Open {} in embedding-atlas: pip install embedding-atlas, then embedding-atlas {}"}
     return ["", *(how[path.suffix].replace("{}", str(path)) for path in paths if path.suffix in how)]
 

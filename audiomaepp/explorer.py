@@ -282,14 +282,14 @@ def _held_out(
         if not held_out.strip():
             raise ValueError(f"held_out must name the clips, got {held_out!r}; use 'fold 5, 80 clips', or None for "
                              "clips of the training")
-        return np.ones(n, bool), f"Filled points are held-out clips, which the training never saw: {held_out}."
+        return np.ones(n, bool), f"Filled points are held-out clips, which the training never saw ({held_out})."
     flags = np.asarray(held_out)
     if flags.shape != (n,) or flags.dtype != bool:
         raise ValueError(f"held_out must be a name, None or {n} times True or False, got shape {flags.shape} of "
                          f"{flags.dtype}; use one value for each clip")
     held = int(flags.sum())
     return flags, (f"Filled points are {held} held-out clips, which the training never saw; hollow points are "
-                   f"{n - held} training clips, which say nothing about new sounds.")
+                   f"{n - held} training {'clip' if n - held == 1 else 'clips'}, which say nothing about new sounds.")
 
 # %% ../nbs/32_explorer.ipynb #32e00025
 def _shown(

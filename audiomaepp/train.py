@@ -668,6 +668,8 @@ def read_snapshots(
     "Return the snapshots of a run. Raises `ValueError` that names the file if one is damaged."
     models, shapes = {}, {name: s for name, s in weight_shapes(cfg).items() if not name.startswith("decoder.")}
     for path in sorted(Path(folder).glob(SNAPSHOTS)):
+        if not path.stem.removeprefix("epoch_").isdecimal():  # a file of somebody else
+            continue
         check_shapes(read_header(path).shapes, shapes, path, f"the encoder of this run ({sizes(cfg)})")
         models[int(path.stem.rpartition("_")[2])] = model = untrained(cfg)
         model.load_state_dict({name: value.float() for name, value in read_tensors(path).items()}, strict=False)
