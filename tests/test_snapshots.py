@@ -115,6 +115,13 @@ def test_a_damaged_snapshot_is_named(tmp_path):
         read_snapshots(tmp_path, SMALL)
 
 
+def test_a_file_of_somebody_else_is_no_snapshot(tmp_path):
+    "A copy that a person keeps beside the snapshots ended the map with a message about int()."
+    trained(tmp_path, SMALL.replace(snapshots=True))
+    (tmp_path / "snapshots/epoch_0002 copy.safetensors").write_bytes(b"mine")
+    assert list(read_snapshots(tmp_path, SMALL)) == [1, 2, 4]
+
+
 def test_they_belong_to_the_files_of_a_run(tmp_path):
     "A demo that replaces a demo would leave the epochs of the old one; somebody else's would be overwritten."
     assert SNAPSHOTS in RUN_FILES
