@@ -430,8 +430,8 @@ def obstacles(
 ) -> list[str]: # empty if only settings or seeds are added
     "Return the differences that keep a stored comparison from growing into another one."
     before, after = ({**asdict(e), "clips in pairs of a class": e.in_pairs()} for e in (there, now))
-    plain = json.dumps(Config.from_dict(there.base).to_dict())  # a field newer than the folder gets its default
-    before["base"] = json.loads(plain)
+    for facts in (before, after):  # a field newer than a folder gets its default
+        facts["base"] = Config.from_dict(facts["base"]).to_dict()
     after["settings"] = {name: now.settings[name] for name in there.settings if name in now.settings}
     if set(there.seeds) <= set(now.seeds):
         after["seeds"] = there.seeds

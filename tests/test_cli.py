@@ -24,7 +24,7 @@ from audiomaepp.config import Config
 from audiomaepp.data import Recordings
 from audiomaepp.files import MARKER
 from audiomaepp.finetune import Classifier
-from audiomaepp.lab import BASELINE, CHANCE, LOSSES, Comparison, design
+from audiomaepp.lab import BASELINE, CHANCE, LOSSES, UNTRAINED, Comparison, design
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer, _Saver
 from audiomaepp.validation import Validation
@@ -485,10 +485,11 @@ def test_a_comparison_is_printed_and_written(compared):
     out, said = compared
     comparison, weights = Comparison.load(out), ["contrastive_weight=0", "contrastive_weight=0.5"]
     table = pd.read_csv(out / "table.csv", index_col=0)
-    assert list(table.index) == [*weights, BASELINE, CHANCE]
+    rows = [*weights, BASELINE, UNTRAINED, CHANCE]
+    assert list(table.index) == rows
     for name in ("knn", "linear", "alignment", "uniformity", "rankme", "reconstruction", "seconds"):
         assert np.allclose(table[name], comparison.table[name].astype(float), equal_nan=True), name
-    shown = [*weights, BASELINE, CHANCE, "kNN-10", "RankMe", comparison.experiment.protocol, *comparison.remarks()]
+    shown = [*rows, "kNN-10", "RankMe", comparison.experiment.protocol, *comparison.remarks()]
     for words in shown:
         assert words in said, words
     for name in ("report.html", "maps.png", "curves.png", "table.csv"):
