@@ -564,6 +564,7 @@ def lab_folder(lab: Lab, experiment: "Experiment") -> Path:
     names = ("settings", "seeds", "base", "pooling")
     data = {k: v for k, v in dataclasses.asdict(lab.data).items() if v is not None or k != "held_out_rows"}
     facts = [data | {"data": lab.data.place}, *(getattr(experiment, name) for name in names)]
+    facts[3] = {k: v for k, v in experiment.base.items() if v or k != "snapshots"}  # newer than the first names
     word = hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:6]
     return Path(f"runs/lab-{printable(Path(lab.data.place).stem)}-{word}")
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -574,6 +575,13 @@ def test_without_a_name_the_same_command_means_the_same_folder(compare):
 
     assert folder() == folder("--no-maps") and str(folder()).startswith(os.path.join("runs", "lab-sounds-"))
     assert len({folder(), folder("--mask-ratio", "0.7"), folder("--fold", "1"), folder("--axis", "depth=1,2")}) == 4
+
+
+def test_a_field_that_is_newer_than_a_comparison_does_not_rename_its_folder(compare):
+    command = cli.parse(list(compare))
+    now = design(command.settings(), (0,), command.config, None)
+    before = dataclasses.replace(now, base={name: v for name, v in now.base.items() if name != "snapshots"})
+    assert cli.lab_folder(command, now) == cli.lab_folder(command, before)
 
 
 @pytest.mark.parametrize("all_fail", [False, True])
