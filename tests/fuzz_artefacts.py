@@ -96,7 +96,7 @@ def _comparison(folder, cfg, generator):
         for name in (*experiment.settings, "baseline")
     ]
     histories = {(name, 0): History([dict(epoch=1, step=1, loss=0.5, seconds=1.0)]) for name in experiment.settings}
-    Comparison(experiment, held, results[:2], histories, results[2], 0.5, Skipped([("v", "is empty")]), {}).save(folder)
+    Comparison(experiment, held, results[:2], histories, results[2:], 0.5, Skipped([("v", "is empty")]), {}).save(folder)
 
 
 def _released(cfg):
