@@ -30,7 +30,7 @@ from audiomaepp.config import Config
 from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.finetune import Classifier
-from audiomaepp.lab import Comparison, Result, class_codes, design
+from audiomaepp.lab import BASELINE, UNTRAINED, Comparison, Result, class_codes, design
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official, read_weights
 from audiomaepp.search import SoundIndex
@@ -93,10 +93,11 @@ def _comparison(folder, cfg, generator):
     y = np.array([0, 0, 1, 1])
     results = [
         Result.of((name, "mean", 0), generator.standard_normal((2, 4, 8)).astype(np.float32), (y, y), seconds=1.0)
-        for name in (*experiment.settings, "baseline")
+        for name in (*experiment.settings, BASELINE, UNTRAINED)
     ]
     histories = {(name, 0): History([dict(epoch=1, step=1, loss=0.5, seconds=1.0)]) for name in experiment.settings}
-    Comparison(experiment, held, results[:2], histories, results[2:], 0.5, Skipped([("v", "is empty")]), {}).save(folder)
+    skipped = Skipped([("v", "is empty")])
+    Comparison(experiment, held, results[:2], histories, results[2:], 0.5, skipped, {}).save(folder)
 
 
 def _released(cfg):
