@@ -435,7 +435,8 @@ def _usual_rows(comparison: Comparison) -> list[str]:
     named = [(r.setting, r.pooling, experiment.row(r.setting, r.pooling)) for r in comparison.results]
     named += [(r.setting, r.pooling, name) for name, r in baselines_of(comparison).items()]
     for setting, pooling, name in named:
-        usual = experiment.config(setting, 0).pooling_mode if setting in experiment.settings else ""
+        trained = setting if setting in experiment.settings else next(iter(experiment.settings))
+        usual = experiment.config(trained, 0).pooling_mode
         rows[setting] = name if pooling == usual else rows.get(setting, name)
     return list(rows.values())
 

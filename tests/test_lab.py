@@ -597,6 +597,15 @@ def test_maps_show_the_held_out_clips_with_their_numbers(comparison):
                 draw(*arguments)
 
 
+def test_the_map_shows_each_setting_and_the_untrained_network_pooled_alike(comparison):
+    "The baseline stood there by its first pooling mode, beside settings by another one."
+    experiment = dataclasses.replace(comparison.experiment, pooling=["cls", "mean"])
+    turned = dict(experiment=experiment, results=comparison.results[::-1], maps={},
+                  baselines=[comparison.baselines[0], *comparison.baselines[:0:-1]])  # fmt: skip
+    shown = report.make_maps(dataclasses.replace(comparison, **turned)).results
+    assert {result.pooling for result in shown.values()} == {"mean", ""} and len(shown) == 4
+
+
 def test_a_person_can_switch_settings_on_the_map_and_hear_the_clips(comparison, tmp_path):
     payload = comparison.map().payload
     settings = {s["name"]: s for s in payload["settings"]}
