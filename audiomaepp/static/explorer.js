@@ -569,9 +569,10 @@ export function mount(el, payload, callbacks = {}) {
         h("ol", {}, ...near.map(([j, far]) => item(j, far.toFixed(2))))] : []));
       return;
     }
-    card.replaceChildren(h("p", { class: "amx-hint" }, data.previews || data.links
-      ? "Click a point to hear it and to see its nearest clips." : "Click a point to see its nearest clips."),
-      h("p", { class: "amx-small amx-keys" }, "On the map, arrow keys go from clip to clip, Enter plays, and Shift + drag selects clips."));
+    const heard = data.previews || data.links;
+    card.replaceChildren(h("p", { class: "amx-hint" }, `Click a point to ${heard ? "hear it and to " : ""}see its nearest clips.`),
+      h("p", { class: "amx-small amx-keys" },
+        `On the map, arrow keys go from clip to clip${heard ? ", Enter plays, and" : ", and"} Shift + drag selects clips.`));
     if (state.previous >= 0 && !state.rows.length) {
       const far = moved().sort((a, b) => b[1] - a[1]).slice(0, 10).filter(([, share]) => share > 0);
       list.replaceChildren(h("h4", {}, `Moved most from ${settings[state.previous].name}`, h("small", {}, "share of the map")),
