@@ -131,6 +131,9 @@ def _opened(table): # Parquet file or DataFrame → DataFrame, its name for erro
     import pandas as pd
 
     given = isinstance(table, pd.DataFrame)
+    if not given and not isinstance(table, str | os.PathLike):
+        raise TypeError(f"table must be a Parquet file or a DataFrame of embed_folder, got {type(table).__name__}; "
+                        "use the path of the file, or explore(vectors, table) for a map of vectors")
     name, frame = ("the table", table) if given else (table, read_parquet(table, ["path", "embedding"]))
     if "embedding" not in frame or not len(frame):
         found = f"{len(frame)} rows and the columns {', '.join(frame.columns)}"

@@ -59,6 +59,11 @@ def test_a_path_means_its_file_however_it_is_written(home, capsys, monkeypatch, 
     assert "rising/0.flac" not in shown and shown.count(".flac") == 5
 
 
+def test_vectors_alone_are_no_table():
+    with pytest.raises(TypeError, match="table must be a Parquet file or a DataFrame .* got ndarray; use the path"):
+        SoundIndex(np.zeros((3, 2)))
+
+
 def test_the_model_that_made_the_table_is_found(home, capsys, tmp_path, monkeypatch):
     """A sound from elsewhere needed --model, although the table can tell which model made it."""
     other = tmp_path / "other name.flac"
