@@ -46,6 +46,7 @@ from audiomaepp.files import (
     write_atomic,
 )
 from .model import AudioMAEPlusPlus
+from .run import BASELINE_ROW, START
 from .store import write_parquet
 from .train import History, Trainer, collapse_warning, untrained
 from .validation import Validation, baseline_features
@@ -139,7 +140,7 @@ MEASURES = {
     "reconstruction": "reconstruction", "seconds": "seconds",
 }
 ACCURACIES = ("knn", "linear")
-BASELINE, UNTRAINED, CHANCE = "log-mel statistics", "untrained network", "chance"
+BASELINE, UNTRAINED, CHANCE = BASELINE_ROW, START, "chance"
 
 
 def scores_of(

@@ -505,7 +505,9 @@ def explore_settings(
 
     _values_of(comparison, color)
     shown, experiment = make_maps(comparison, settings, seed), comparison.experiment
-    clips = comparison.held_out.iloc[shown.rows].assign(row=shown.rows)
+    clips = comparison.held_out.iloc[shown.rows]
+    if len(clips) < len(comparison.held_out) and "row" not in clips:
+        clips = clips.assign(row=shown.rows)  # where each clip of the sample stands in the table
     clips = clips.drop(columns=[c for c in clips if c == "path_bytes" or clips[c].isna().all()])
     numbers = dict(shown.numbers)
     if comparison.chance is not None:

@@ -634,12 +634,15 @@ def test_a_stored_comparison_plays_the_files_of_its_clips(comparison, sounds, tm
 
 
 def test_large_comparisons_are_mapped_by_a_sample_that_says_so(comparison, monkeypatch):
+    whole = [column["name"] for column in comparison.map().payload["columns"]]
     monkeypatch.setattr(report, "_MOST_CLIPS", 7)
     fresh = dataclasses.replace(comparison, maps={})
     payload, rows = fresh.map().payload, report.make_maps(fresh).rows
     assert payload["n"] == 7 and f"7 of {len(comparison.held_out)} clips" in payload["title"]
     names = [path.split("/")[-1] for path in comparison.held_out["path"]]
     assert payload["names"] == [names[i] for i in rows], "names and sounds are those of the sample"
+    columns = [column["name"] for column in payload["columns"]]
+    assert sorted(columns) == sorted([*whole, "row"]), "the place of each clip in the table of held-out clips"
 
 
 def test_the_report_shows_the_map_and_a_picture_for_each_curve(comparison, tmp_path):

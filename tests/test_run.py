@@ -24,17 +24,20 @@ TINY = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def sounds(tmp_path_factory):
-    "A table of sounds with folds and a site."
-    at, made = tmp_path_factory.mktemp("data") / "sounds", synthesize(n=6, classes=3, seconds=1)
+def table_of(made, at, north):
+    "Write sounds with folds into a new folder; the first ones are from a site in the north. Return their table."
     at.mkdir()
     rows = []
     for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
         soundfile.write(at / f"{i:02d}.wav", np.asarray(wave), 16000)
-        rows.append(dict(path=f"{i:02d}.wav", label=label, fold=1 + i % 3, site="north" if i < 4 else "south"))
+        rows.append(dict(path=f"{i:02d}.wav", label=label, fold=1 + i % 3, site="north" if i < north else "south"))
     pd.DataFrame(rows).to_csv(at / "list.csv", index=False)
     return at / "list.csv"
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    return table_of(synthesize(n=6, classes=3, seconds=1), tmp_path_factory.mktemp("data") / "sounds", north=4)
 
 
 @pytest.fixture(scope="module")

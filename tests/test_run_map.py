@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from test_run import table_of
 
 from audiomaepp import EmbeddingGenerator, Run, cli
 from audiomaepp import run as running
@@ -26,15 +27,7 @@ TINY = dict(
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory):
-    "A table of sounds with folds and a site."
-    at, made = tmp_path_factory.mktemp("data") / "sounds", synthesize(n=8, classes=3, seconds=0.6)
-    at.mkdir()
-    rows = []
-    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
-        soundfile.write(at / f"{i:02d}.wav", np.asarray(wave), 16000)
-        rows.append(dict(path=f"{i:02d}.wav", label=label, fold=1 + i % 3, site="north" if i < 9 else "south"))
-    pd.DataFrame(rows).to_csv(at / "list.csv", index=False)
-    return at / "list.csv"
+    return table_of(synthesize(n=8, classes=3, seconds=0.6), tmp_path_factory.mktemp("data") / "sounds", north=9)
 
 
 @pytest.fixture(scope="module")
