@@ -481,7 +481,7 @@ class EmbeddingGenerator:
         self,
         audio, # path, file object, bytes, samples as array or tensor; or a list of these
         sample_rate: int | None = None, # Hz of arrays; default: the model's rate
-        pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; default: the config's
+        pooling_mode: str | None = None, # one of `POOLING_MODES`; default: the config's
     ) -> np.ndarray: # (D,) for one recording, (n, D) for a list
         "Embed a recording, or each in a list; raise `AudioError` for a file that cannot be decoded."
         clips = audio if (many := isinstance(audio, list | tuple)) else [audio]

@@ -39,7 +39,7 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
     def __init__(
         self,
         model=None, # a model, a folder with one, or a repository of the Hub
-        pooling_mode=None, # "cls", "mean", "cls+mean" or "frame"; None: the config's
+        pooling_mode=None, # one of `POOLING_MODES`; None: the config's
         sample_rate=None, # sample rate of samples in X, in Hz; None: the model's own
         device=None, # device of the model; None: a GPU if there is one
         batch_size=32, # number of windows in a batch

@@ -23,7 +23,7 @@ class Embedder(nn.Module):
     def __init__(
         self,
         model: AudioMAEPlusPlus, # trained model
-        pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
+        pooling_mode: str | None = None, # one of `POOLING_MODES`; the config's if None
     ):
         super().__init__()
         self.model, self.pooling_mode = model, pooling_mode
@@ -34,7 +34,7 @@ class Embedder(nn.Module):
 # %% ../nbs/51_export.ipynb #5e0f0005
 def export_program(
     model: AudioMAEPlusPlus, # trained model
-    pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
+    pooling_mode: str | None = None, # one of `POOLING_MODES`; the config's if None
 ) -> torch.export.ExportedProgram: # for `torch.export.save`, AOTInductor or ExecuTorch
     "Export the embedding path as a program that takes batches of any size."
     path = Embedder(copy.deepcopy(model), pooling_mode).cpu().eval()
@@ -45,7 +45,7 @@ def export_program(
 def export_onnx(
     model: AudioMAEPlusPlus, # trained model
     path: str | os.PathLike, # .onnx file; weights beyond 2 GB go to a second file beside it
-    pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
+    pooling_mode: str | None = None, # one of `POOLING_MODES`; the config's if None
 ):
     "Write the embedding path as an ONNX file with input `spec` and output `embedding`, for batches of any size."
     try:

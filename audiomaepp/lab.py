@@ -392,8 +392,8 @@ def design(
     base = base if isinstance(base, Config) else Config.preset(base or "nano")
     pooling = [pooling] if isinstance(pooling, str) else None if pooling is None else list(pooling)
     for mode in pooling or []:
-        if mode not in (*POOLING_MODES, "frame"):
-            raise ValueError(f"pooling must name one or several of {', '.join(POOLING_MODES)}, frame, got {mode!r}; "
+        if mode not in POOLING_MODES:
+            raise ValueError(f"pooling must name one or several of {', '.join(POOLING_MODES)}, got {mode!r}; "
                              "use one of these")
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):

@@ -380,7 +380,7 @@ class AudioMAEOutput:
     pred: Tensor # (B, N, p_t·p_m·C) predicted patches
     mask: Tensor # (B, N) 1 = masked
     latent: Tensor # (B, 1 + visible, D) the encoder's tokens, CLS first
-    embeddings: Tensor # (B, D) pooled visible tokens; (B, 2D) with "cls+mean"
+    embeddings: Tensor # (B, embedding_dim) pooled visible tokens
 
     def __repr__(self):
         parts = ", ".join(f"{k} {v.item():.4f}" for k, v in self.losses.items())
@@ -446,7 +446,7 @@ class MaskedAutoencoder(nn.Module):
             ids_keep, mask = ids_of_mask(mask.to(spec.device), len(spec), cfg.num_patches)
         latent = self.encoder(patches, ids_keep)  # (B, 1 + visible, D)
         pred = self.decoder(latent, ids_keep)  # (B, N, patch_dim)
-        embeddings = extract_embeddings(latent, cfg.pooling_mode)  # (B, D)
+        embeddings = extract_embeddings(latent, cfg.pooling_mode, cfg.grid_size, ids_keep=ids_keep)  # (B, D)
         losses = {"reconstruction": reconstruction_loss(pred, patches, mask, cfg.norm_pix_loss)}
         loss = losses["reconstruction"]
         if cfg.use_contrastive_loss or cfg.use_uniformity_loss:
@@ -466,7 +466,8 @@ class MaskedAutoencoder(nn.Module):
         "Embed clips with other visible patches than the first view, as far as possible."
         hidden_first = 1 - noise if noise is not None else torch.rand_like(mask) - mask
         ids_keep, _ = split_by_noise(hidden_first, int((mask[0] == 0).sum()))
-        return extract_embeddings(self.encoder(patches, ids_keep), self.cfg.pooling_mode)
+        latent = self.encoder(patches, ids_keep)  # (B, 1 + visible, D)
+        return extract_embeddings(latent, self.cfg.pooling_mode, self.cfg.grid_size, ids_keep=ids_keep)
 
 # %% ../nbs/02_model.ipynb #6d0b000c
 def padding_mask(
@@ -487,10 +488,10 @@ def padding_mask(
 def embed_shifted(
     model: MaskedAutoencoder, # trained model
     spec: Tensor, # (B, C, time, mel) spectrograms
-    mode: str, # "cls", "mean", "cls+mean" or "frame"
+    mode: str, # one of `POOLING_MODES`
     frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
     first: int = 0, # number of frames by which the clips are moved on the patch grid
-) -> Tensor: # (B, D), (B, 2D) with "cls+mean", (B, bands·D) with "frame"
+) -> Tensor: # (B, embedding_dim)
     "Return one vector per clip for one position of the patch grid; padding is left out."
     grid, ids = model.cfg.grid_size, None
     patches = model.patchify(spec.roll(first, dims=2) if first else spec)  # (B, N, patch_dim)
@@ -517,9 +518,9 @@ class AudioMAEPlusPlus(MaskedAutoencoder):
     def get_embedding(
         self,
         spec: Tensor, # (B, C, time, mel) standardized spectrograms
-        pooling_mode: str | None = None, # "cls", "mean", "cls+mean" or "frame"; the config's if None
+        pooling_mode: str | None = None, # one of `POOLING_MODES`; the config's if None
         frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
-    ) -> Tensor: # (B, D), (B, 2D) with "cls+mean", (B, bands·D) with "frame"
+    ) -> Tensor: # (B, embedding_dim)
         "Return one vector per clip, the mean over `cfg.grid_shifts` positions of the patch grid."
         mode, n, size = pooling_mode or self.cfg.pooling_mode, self.cfg.grid_shifts, self.cfg.patch_size[0]
         rows = [embed_shifted(self, spec, mode, frames, i * size // n) for i in range(n)]

@@ -39,39 +39,76 @@ def frame_embeddings(
 # %% ../nbs/03_pooling.ipynb #b00ce002
 def _mean(
     x: torch.Tensor, # (B, N, D) vectors
-    key_padding_mask: torch.Tensor | None, # (B, N) True for vectors that do not count; None: all count
+    key_padding_mask: torch.Tensor | None, # (B, N) or (B, N, D) True for what does not count; None: all counts
 ) -> torch.Tensor: # (B, D)
     "Return the mean over the vectors that count."
     if key_padding_mask is None:
         return x.mean(dim=1)
-    weight = (~key_padding_mask).to(x.dtype)[..., None]
+    weight = (~key_padding_mask).to(x.dtype)
+    weight = weight[..., None] if weight.ndim == 2 else weight
     return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
+
+# %% ../nbs/03_pooling.ipynb #b00ce005
+def _on_grid(
+    tokens: torch.Tensor, # (B, n, D) visible tokens
+    ids_keep: torch.Tensor, # (B, n) place of each token, t·F + f
+    grid_size: tuple[int, int], # (T, F): number of patches along time and along frequency
+    key_padding_mask: torch.Tensor | None = None, # (B, n) True for tokens of padding
+) -> tuple[torch.Tensor, torch.Tensor]: # (B, T*F, D) tokens; (B, T*F) True where none is visible, or padding
+    "Put visible tokens in their places on the grid."
+    n = grid_size[0] * grid_size[1]
+    full = tokens.new_zeros(len(tokens), n, tokens.shape[-1])
+    empty = torch.ones(len(tokens), n, dtype=torch.bool, device=tokens.device)
+    padding = torch.zeros_like(ids_keep, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+    return full.scatter(1, ids_keep[..., None].expand_as(tokens), tokens), empty.scatter(1, ids_keep, padding)
+
+
 # %% ../nbs/03_pooling.ipynb #85ec9c7f
+def _frame_statistics(
+    latent: torch.Tensor, # (B, 1+N, D) encoder output, CLS first
+    deviation: bool, # whether the standard deviation over time follows the mean
+    grid_size: tuple[int, int], # (T, F): number of patches along time and along frequency
+    key_padding_mask: torch.Tensor | None = None, # (B, N) True for patches that do not count
+    ids_keep: torch.Tensor | None = None, # (B, N) place of each token; None: all places of the grid, in order
+) -> torch.Tensor: # (B, F*D), or (B, 2F*D) with the deviation
+    "Return the mean over time of each band's tokens, and their standard deviation."
+    if ids_keep is not None:
+        tokens, key_padding_mask = _on_grid(latent[:, 1:], ids_keep, grid_size, key_padding_mask)
+        latent = torch.cat([latent[:, :1], tokens], dim=1)
+    frames = frame_embeddings(latent, grid_size)  # (B, T, F*D)
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.unflatten(1, tuple(grid_size)).repeat_interleave(latent.shape[2], dim=2)
+    mean = _mean(frames, key_padding_mask)
+    if not deviation:
+        return mean
+    variance = _mean((frames - mean[:, None]).square(), key_padding_mask)
+    return torch.cat([mean, (variance + 1e-6).sqrt()], dim=-1)  # the root of 0 has no gradient
+
+
+# %% ../nbs/03_pooling.ipynb #85ec9c81
 def extract_embeddings(
     latent: torch.Tensor, # (B, 1+N, D) encoder output, CLS first
-    mode: str = "mean", # pooling mode: "cls", "mean", "cls+mean" or "frame"
-    grid_size: tuple[int, int] | None = None, # (T, F), number of patches along time and frequency; for "frame" only
+    mode: str = "mean", # pooling mode: "cls", "mean", "cls+mean", "frame" or "frame+std"
+    grid_size: tuple[int, int] | None = None, # (T, F), number of patches along time and frequency; for frame modes
     key_padding_mask: torch.Tensor | None = None, # (B, N) True for patches of padding, which no mean includes
-) -> torch.Tensor: # (B, D), (B, 2D) for "cls+mean", (B, F*D) for "frame"
+    ids_keep: torch.Tensor | None = None, # (B, N) place of each token if some are hidden; for frame modes
+) -> torch.Tensor: # (B, D); (B, 2D) for "cls+mean", (B, F*D) for "frame", (B, 2F*D) for "frame+std"
     """Return one vector per clip.
 
     Raises `ValueError` for an unknown mode, a missing or wrong grid, or a latent without the required tokens.
     """
-    if mode not in (*POOLING_MODES, "frame"):
-        modes = ", ".join(map(repr, POOLING_MODES))
-        raise ValueError(f"mode must be {modes} or 'frame', got {mode!r}; use 'mean'")
+    if mode not in POOLING_MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, POOLING_MODES))}, got {mode!r}; use 'mean'")
     _check_latent(latent)
     needed = 1 if mode == "cls" else 2
     if latent.shape[1] < needed:
         raise ValueError(f"latent must have at least {needed} tokens for mode {mode!r}, got {latent.shape[1]}; use the "
                          "output of encode, CLS first")
-    if mode == "frame":
+    if mode.startswith("frame"):
         if grid_size is None:
-            raise ValueError("grid_size must be (frames, bands) for mode 'frame', got None; use Config.grid_size")
-        frames = frame_embeddings(latent, grid_size)
-        if key_padding_mask is not None:  # a frame is padding if all its bands are
-            key_padding_mask = key_padding_mask.unflatten(1, tuple(grid_size)).all(dim=2)
-        return _mean(frames, key_padding_mask)
+            raise ValueError(f"grid_size must be (frames, bands) for mode {mode!r}, got None; use Config.grid_size")
+        return _frame_statistics(latent, mode == "frame+std", grid_size, key_padding_mask, ids_keep)
     parts = {"cls": latent[:, 0], "mean": _mean(latent[:, 1:], key_padding_mask)}
     return torch.cat([parts[part] for part in mode.split("+")], dim=-1)
+

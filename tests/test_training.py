@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from audiomaepp.config import Config
+from audiomaepp.config import POOLING_MODES, Config
+from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.run import train_run
 from audiomaepp.source import Source
 from audiomaepp.train import History, Trainer
@@ -71,3 +72,21 @@ def test_a_checkpoint_within_the_first_epoch_finds_its_folder(tmp_path):
     batches = [{"spec": torch.randn(4, 1, 200, 80)}] * 2
     Trainer(cfg, out_dir=tmp_path / "new" / "run", quiet=True, save_minutes=0).fit(batches)
     assert (tmp_path / "new" / "run" / "checkpoint.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_every_pooling_mode_trains_where_whole_bands_are_hidden(mode):
+    torch.manual_seed(0)
+    cfg = Config.preset("nano", depth=1, mask_ratio=0.95, pooling_mode=mode, embedding_norm="batch")
+    model = AudioMAEPlusPlus(cfg)
+    spec = torch.randn(6, 1, *cfg.img_size)
+    out = model(spec, labels=torch.arange(6) // 2)
+    visible = (out.mask == 0).unflatten(1, cfg.grid_size).sum(dim=1)  # (clips, bands)
+    assert (visible == 0).any() and (visible == 1).any()
+    assert out.embeddings.shape == (6, cfg.embedding_dim)
+    out.losses["contrastive"].backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder.parameters() if p.grad is not None)
+    assert model.encoder.patch_embed.weight.grad.abs().max() > 0
+
+    again = torch.where(model.unpatchify(out.mask[..., None].expand(-1, -1, cfg.patch_dim)) > 0, 99.0, spec)
+    assert torch.equal(model(again, mask=out.mask).embeddings, out.embeddings), "a hidden patch reaches the embedding"
