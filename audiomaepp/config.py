@@ -214,7 +214,7 @@ class _Losses(_Model, _Image):
     embedding_norm: Literal["none", "batch"] = "none" # normalization before both losses; batch: standardized channels
     use_labels: bool = True # positives: clips of one class, where labels are known; False: two views of a clip
     views: int = 1 # augmented versions of each clip for the contrastive loss: 1 or 2
-    pooling_mode: Literal["cls", "mean", "cls+mean", "frame", "frame+std"] = "mean" # how a clip's tokens become a vector
+    pooling_mode: Literal["cls", "mean", "cls+mean", "frame", "frame+std"] = "mean" # how tokens become a vector
     mask_padding: bool = True # leave the padding of a short clip out of its embedding; False counts it as silence
     grid_shifts: int = 1 # number of shifts of the patch grid along time that an embedding averages over
 

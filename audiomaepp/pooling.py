@@ -6,7 +6,10 @@
 __all__ = ['frame_embeddings', 'extract_embeddings']
 
 # %% ../nbs/03_pooling.ipynb #82524e98
+import math
+
 import torch
+from torch import nn
 
 from .config import POOLING_MODES
 
@@ -111,4 +114,65 @@ def extract_embeddings(
         return _frame_statistics(latent, mode == "frame+std", grid_size, key_padding_mask, ids_keep)
     parts = {"cls": latent[:, 0], "mean": _mean(latent[:, 1:], key_padding_mask)}
     return torch.cat([parts[part] for part in mode.split("+")], dim=-1)
+
+
+# %% ../nbs/03_pooling.ipynb #03a00004
+WHITENING_POWER, MOST_COMPONENTS = 0.75, 256
+
+
+def whitening_size(
+    clips: int, # number of embeddings to fit on
+    width: int, # length of an embedding
+) -> int:
+    "Return how many components to keep: a power of two, at most a quarter of the clips, the width, and 256."
+    return 2 ** int(math.log2(max(1, min(clips // 4, width, MOST_COMPONENTS))))
+
+
+class Whitening(nn.Module):
+    "An affine map of embeddings, (…, D) → (…, k): principal components, divided by a power of their deviation."
+
+    def __init__(
+        self,
+        width: int, # D, length of an embedding
+        size: int, # k, length of a whitened embedding
+    ):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("weight", torch.zeros(width, size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (…, D) → (…, k) float32
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() - self.mean) @ self.weight
+
+
+# %% ../nbs/03_pooling.ipynb #03a00007
+def fit_whitening(
+    x, # (n, D) embeddings of training clips; labels are not used
+    size: int | None = None, # number of components, a power of two; default: `whitening_size`
+    power: float = WHITENING_POWER, # power of the deviations, from 0 (only a rotation) to 1 (equal deviations)
+) -> Whitening:
+    "Fit the whitening of embeddings. Raises `ValueError` for fewer than two embeddings or a size that is impossible."
+    from scipy.linalg import hadamard
+
+    x = torch.as_tensor(x).detach().cpu().double()
+    if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
+        raise ValueError(f"x must be finite embeddings of at least 2 clips, (n, D), got {tuple(x.shape)}; use the "
+                         "embeddings of the training clips")
+    clips, width = x.shape
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp(min=1e-12), 0.0)  # constant numbers are left out
+    x = (x - mean) * scale
+    variance, directions = torch.linalg.eigh(x.T @ x / clips)  # ascending
+    kept = int((variance > 1e-9 * variance[-1].clamp(min=1e-12)).sum())
+    most = 2 ** int(math.log2(max(1, kept)))
+    size = min(whitening_size(clips, width), most) if size is None else size
+    if size < 1 or size & (size - 1) or size > most:
+        raise ValueError(f"size must be a power of two of at most {most}, the directions in which these embeddings "
+                         f"vary, got {size}; use {most} or less")
+    directions, deviation = directions[:, -size:].flip(1), variance[-size:].flip(0).clamp(min=1e-12).sqrt()
+    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()  # a defined sign
+    rotation = torch.from_numpy(hadamard(size) / math.sqrt(size))
+    fitted = Whitening(width, size)
+    fitted.mean, fitted.weight = mean.float(), (scale[:, None] * directions / deviation**power @ rotation).float()
+    return fitted
 
