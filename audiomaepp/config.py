@@ -231,13 +231,40 @@ class _Losses(_Model, _Image):
             raise _bad("grid_shifts", self.grid_shifts, required, f"{frames} or less")
 
     @property
-    def embedding_dim(self) -> int:
-        "Length of the embedding of a clip under `pooling_mode`."
+    def pooled_dim(self) -> int:
+        "Length of the pooled tokens of a clip under `pooling_mode`."
         bands = self.grid_size[1]
         return self.embed_dim * {"cls+mean": 2, "frame": bands, "frame+std": 2 * bands}.get(self.pooling_mode, 1)
 
 
 POOLING_MODES = get_args(inspect.get_annotations(_Losses)["pooling_mode"])
+
+# %% ../nbs/00_config.ipynb #00a00002
+@dataclass(frozen=True, kw_only=True)
+class _ReadOut(_Losses):
+    "Read-out of embeddings"
+    embedding_layers: tuple[int, ...] = () # encoder blocks, from 1, whose outputs an embedding averages; (): the last
+    add_statistics: bool = False # append statistics of the spectrogram (mean, deviations, maximum of each band)
+    whiten: bool = False # whiten embeddings, by a map that is fitted after training to the training clips, unlabeled
+
+    def _check(self):
+        layers = tuple(self.embedding_layers) if isinstance(self.embedding_layers, tuple | list) else (0,)
+        inside = all(type(layer) is int and 1 <= layer <= self.depth for layer in layers)
+        if not inside or list(layers) != sorted(set(layers)):
+            required = f"must be different block numbers from 1 to depth={self.depth}, ascending"
+            raise _bad("embedding_layers", self.embedding_layers, required, f"({self.depth},) or () for the last one")
+        object.__setattr__(self, "embedding_layers", layers)
+
+    @property
+    def embedding_dim(self) -> int:
+        "Length of the embedding of a clip before whitening."
+        return self.pooled_dim + 4 * self.img_size[1] * self.in_chans * self.add_statistics
+
+
+
+# %% ../nbs/00_config.ipynb #00a00004
+READ_OUT = ("mask_padding", "grid_shifts", *inspect.get_annotations(_ReadOut))  # settings that training ignores
+
 
 # %% ../nbs/00_config.ipynb #f8eafdb0
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +391,7 @@ class _Training(_Group):
 
 # %% ../nbs/00_config.ipynb #349c3bc8
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Config(_Training, _Augmentation, _FrontEnd, _Losses, _Masking, _Model, _Image):
+class Config(_Training, _Augmentation, _FrontEnd, _ReadOut, _Losses, _Masking, _Model, _Image):
     """Every setting of a model and its training; frozen, and checked when it is created.
 
     Raises `ValueError` that names the setting, its value and a value to use instead. `cfg.replace` changes settings.

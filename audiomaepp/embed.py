@@ -26,7 +26,7 @@ from .data import Recordings, Skipped, open_recordings
 from .features import build_frontend
 from .files import Stopped, only_writer, read_parquet, stopping
 from .model import AudioMAEPlusPlus
-from .pooling import frame_embeddings
+from .pooling import fit_whitening, frame_embeddings
 from .store import ADDED, EmbeddingStore, recording_state
 from .weights import cpu_state
 
@@ -205,7 +205,10 @@ def fingerprint(
 ) -> str: # 12 hexadecimal digits
     "Return a hash of the weights and the settings of a model."
     settings = model.cfg.to_dict()
-    settings.pop("snapshots")  # has no effect on vectors, and is newer than many tables of embeddings
+    for name in ("snapshots", "whiten"):  # without effect on vectors, and newer than many tables of embeddings
+        settings.pop(name)
+    for name in ("embedding_layers", "add_statistics"):  # newer too
+        settings = settings if settings[name] else {k: v for k, v in settings.items() if k != name}
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(cpu_state(model).items()):
         digest.update(name.encode() + value.numpy().tobytes())
@@ -419,7 +422,7 @@ def _generator_line(generator: "EmbeddingGenerator") -> str:
     place = f"{generator.place}: " if generator.place else ""
     overlap = "" if hop == cfg.clip_seconds else f" every {hop:g} s"
     return (f"{place}windows of {cfg.clip_seconds:g} s{overlap} at {cfg.sample_rate} Hz, "
-            f"{cfg.embedding_dim} numbers by {cfg.pooling_mode}, on {generator.device}")
+            f"{generator.model.embedding_dim} numbers by {cfg.pooling_mode}, on {generator.device}")
 
 
 def open_model(
@@ -528,3 +531,17 @@ class EmbeddingGenerator:
         with only_writer(out, folder=False) if out is not None else nullcontext():
             sounds = open_recordings(folder, self.cfg.sample_rate)
             return embed_table(stream, sounds, out, self.place, save_seconds, overwrite, workers=workers, quiet=quiet)
+
+# %% ../nbs/20_embed.ipynb #20f00002
+def whiten_model(
+    model: AudioMAEPlusPlus, # trained model; gets a new whitening
+    recordings: Recordings, # training clips; their labels are not used
+    device: str | torch.device | None = None, # default: a GPU if there is one
+    quiet: bool = True, # whether the progress bar is hidden
+) -> AudioMAEPlusPlus: # the same model; `write` saves its whitening with the weights
+    "Fit the whitening of a model's embeddings to training clips."
+    model.whitening = None
+    x, _, _ = EmbeddingGenerator(model, device).embed_recordings(recordings, quiet=quiet)
+    model.whitening = fit_whitening(x).to(next(model.parameters()).device)
+    return model
+

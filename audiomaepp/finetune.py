@@ -188,9 +188,10 @@ class Classifier(nn.Module):
         super().__init__()
         _check_settings(classes, layer_decay, mixup)
         self.model, self.classes, self.layer_decay, self.mixup = model, list(classes), layer_decay, mixup
+        model.whitening, model.cfg = None, model.cfg.replace(whiten=False)  # it fits the encoder before this training
         self.model.decoder.requires_grad_(False)
         self.model.encoder.requires_grad_(layer_decay > 0)
-        self.head = _head(model.cfg.embedding_dim, len(self.classes))
+        self.head = _head(model.cfg.pooled_dim, len(self.classes))
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         "Return the parameters that the trainer optimizes, with their shares of the learning rate."
@@ -232,7 +233,7 @@ class Classifier(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike, device: str | torch.device = "cpu") -> "Classifier":
         "Return the classifier that `write` or `finetune` wrote, in evaluation mode."
         facts, model = _read_facts(folder), AudioMAEPlusPlus.from_pretrained(folder)
-        weights = _read_head(folder, model.cfg.embedding_dim, len(facts["classes"]))
+        weights = _read_head(folder, model.cfg.pooled_dim, len(facts["classes"]))
         self = cls(model, **facts)
         self.head.load_state_dict(weights)
         return self.to(device).eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .audio import resample
 from .config import Config
-from .embed import embed_frames, frame_times
+from .embed import EmbeddingGenerator, embed_frames, frame_times
 from .features import build_frontend
 from .model import AudioMAEPlusPlus
 from .pretrained import load_official
@@ -36,7 +36,9 @@ class HearModel(nn.Module):
         cfg = model.cfg
         self.model, self.frontend, self.batch_size = model.eval(), build_frontend(cfg).eval(), batch_size
         self.sample_rate = self.sampling_rate = cfg.sample_rate  # Hz; HEAR's name, X-ARES's name
-        self.timestamp_embedding_size = self.scene_embedding_size = self.output_dim = cfg.grid_size[1] * cfg.embed_dim
+        self.timestamp_embedding_size = self.output_dim = cfg.grid_size[1] * cfg.embed_dim
+        self.has_read_out = model.whitening is not None or cfg.add_statistics or bool(cfg.embedding_layers)
+        self.scene_embedding_size = model.embedding_dim if self.has_read_out else self.timestamp_embedding_size
         self.hop_size_in_ms = 1000 * cfg.patch_size[0] * cfg.hop_length / cfg.sample_rate
 
     @property
@@ -93,5 +95,8 @@ def get_scene_embeddings(
     audio: Tensor, # (sounds, samples) at model.sample_rate, full scale ±1
     model: HearModel, # result of `load_model`
 ) -> Tensor: # (sounds, scene_embedding_size)
-    "Return one embedding for each sound: the mean of its frames."
-    return model(audio).mean(dim=1)
+    "Return one embedding for each sound: the mean of its frames, or the read-out that the model's config adds."
+    if not model.has_read_out:
+        return model(audio).mean(dim=1)
+    generator = EmbeddingGenerator(model.model, model.device, model.batch_size)
+    return torch.from_numpy(generator.extract_embedding(list(audio.cpu()))).to(model.device)

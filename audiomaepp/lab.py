@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import audiomaepp
 from .batches import Augment, ClipLoader
-from .config import POOLING_MODES, Config
+from .config import POOLING_MODES, READ_OUT, Config
 from .data import Recordings, Skipped, check_columns, drop_unreadable, open_recordings, split
 from .embed import EmbeddingGenerator
 from .evaluate import chance, evaluate_embeddings, knn_predict, nearest_rows
@@ -46,6 +46,7 @@ from audiomaepp.files import (
     write_atomic,
 )
 from .model import AudioMAEPlusPlus
+from .pooling import fit_whitening
 from .run import BASELINE_ROW, START
 from .store import write_parquet
 from .train import History, Trainer, collapse_warning, untrained
@@ -368,6 +369,13 @@ class Experiment:
         "Return the pooling modes in which a model of this setting is embedded."
         return self.pooling or [self.config(setting, 0).pooling_mode]
 
+    def trained_as(self, setting: str) -> str:
+        "Return the first setting with the same training: settings that differ in the read-out alone share one."
+        def training(name: str) -> Config:
+            return self.config(name, 0).replace(**{field: getattr(Config(), field) for field in READ_OUT})
+
+        return next(name for name in self.settings if training(name) == training(setting))
+
     def runs(self) -> list[tuple[str, int]]:
         "Return every training, as (setting, seed)."
         return [(setting, seed) for seed in self.seeds for setting in self.settings]
@@ -541,9 +549,16 @@ def score_model(
     **more: float, # scores measured elsewhere
 ) -> list[Result]: # one for each pooling mode
     "Embed every clip with a model and return the scores."
-    labels = tuple(part.labels for part in parts)
-    return [Result.of((who, mode, model.cfg.seed), tuple(_embed(model, part, mode) for part in parts), labels, **more)
-            for mode in poolings]
+    labels, results = tuple(part.labels for part in parts), []
+    for mode in poolings:
+        x = tuple(_embed(model, part, mode) for part in parts)
+        if model.cfg.whiten:
+            whitening = fit_whitening(x[0])
+            x = tuple(whitening(torch.from_numpy(one)).numpy() for one in x)
+            if mode == model.cfg.pooling_mode:
+                model.whitening = whitening
+        results.append(Result.of((who, mode, model.cfg.seed), x, labels, **more))
+    return results
 
 # %% ../nbs/42_lab.ipynb #8ebaa7fe
 COMPARISON_FILES = (  # files that compare_losses and `audiomaepp lab` write
@@ -807,6 +822,25 @@ def score_baselines(
         _write_results(at, score_model(model, UNTRAINED, experiment.poolings(setting), parts), History())
 
 # %% ../nbs/42_lab.ipynb #ad82d5c8
+def trained_model(
+    experiment: Experiment, # design of the comparison
+    run: tuple[str, int], # setting, seed
+    parts: tuple[Recordings, Recordings], # training part, held-out part
+    folder: Path, # folder of the comparison
+    bar: tqdm, # progress bar that counts epochs
+) -> tuple[AudioMAEPlusPlus, History]:
+    "Train the model of one setting with one seed, or take it from a setting that has the same training."
+    cfg, first = experiment.config(*run), experiment.trained_as(run[0])
+    if first == run[0]:
+        return train_one(cfg, run_folder(folder, *run), parts, wants_pairs(experiment, parts[0]), bar)
+    _, history, failed = _read_results(run_folder(folder, first, run[1]))
+    if failed:
+        raise FloatingPointError(failed)
+    model = AudioMAEPlusPlus.from_pretrained(run_folder(folder, first, run[1]))
+    model.cfg, model.whitening = cfg, None
+    return model, history
+
+
 def run_one(
     experiment: Experiment, # design of the comparison
     run: tuple[str, int], # setting, seed
@@ -819,10 +853,13 @@ def run_one(
     if not _is_finished(at):
         sweep(at)
         try:
-            model, history = train_one(cfg, at, parts, wants_pairs(experiment, parts[0]), bar)
+            model, history = trained_model(experiment, run, parts, folder, bar)
             last = history.rows[-1]
             more = dict(reconstruction=last["heldout_reconstruction"], seconds=last["seconds"])
-            _write_results(at, score_model(model, run[0], experiment.poolings(run[0]), parts, **more), history)
+            results = score_model(model, run[0], experiment.poolings(run[0]), parts, **more)
+            if model.whitening is not None or experiment.trained_as(run[0]) != run[0]:
+                model.write(at)
+            _write_results(at, results, history)
         except FloatingPointError as error:  # the loss diverged; the other settings can still be compared
             _write_results(at, [], History(), str(error))
     bar.update(first + cfg.epochs - bar.n)
@@ -841,6 +878,7 @@ def run_all(
             bar.set_description(f"{setting}, seed {seed}", refresh=False)
             bar.set_postfix_str("")
             run_one(experiment, (setting, seed), parts, folder, bar)
+
 
 # %% ../nbs/42_lab.ipynb #fda10388
 def compare_losses(

@@ -24,7 +24,7 @@ from audiomaepp.losses import (
     standardize_batch,
     uniformity_loss,
 )
-from .pooling import extract_embeddings
+from .pooling import Whitening, extract_embeddings, spectrogram_statistics
 from .weights import write_weights
 
 # %% ../nbs/02_model.ipynb #d1ae33db
@@ -285,6 +285,7 @@ class Encoder(nn.Module):
         patches: Tensor, # (B, N, patch_dim) all patches
         ids_keep: Tensor | None = None, # (B, visible) indices of the visible patches; None for all, in order
         key_padding_mask: Tensor | None = None, # (B, N or visible) True for patches of padding
+        layers: tuple[int, ...] = (), # numbers of the blocks, from 1, whose outputs are averaged; () for the last one
     ) -> Tensor: # (B, 1 + visible, D) tokens, CLS first
         "Encode the visible patches."
         pos, angles = self.pos_embed[:, 1:], self.angles  # (1, N, D), (1 + N, d / 2)
@@ -299,9 +300,11 @@ class Encoder(nn.Module):
         x = torch.cat([cls, self.patch_embed(patches) + pos], dim=1)  # (B, 1 + visible, D)
         if key_padding_mask is not None:
             key_padding_mask = F.pad(key_padding_mask, (1, 0), value=False)  # CLS is never padding
-        for block in self.blocks:
+        outputs = []
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x, angles, key_padding_mask)
-        return self.norm(x)
+            outputs += [self.norm(x)] if number in layers else []
+        return torch.stack(outputs).mean(dim=0) if layers else self.norm(x)
 
 # %% ../nbs/02_model.ipynb #c83afb4b
 class Decoder(nn.Module):
@@ -380,7 +383,7 @@ class AudioMAEOutput:
     pred: Tensor # (B, N, p_t·p_m·C) predicted patches
     mask: Tensor # (B, N) 1 = masked
     latent: Tensor # (B, 1 + visible, D) the encoder's tokens, CLS first
-    embeddings: Tensor # (B, embedding_dim) pooled visible tokens
+    embeddings: Tensor # (B, pooled_dim) pooled visible tokens
 
     def __repr__(self):
         parts = ", ".join(f"{k} {v.item():.4f}" for k, v in self.losses.items())
@@ -420,6 +423,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.cfg = cfg or Config()
         self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
+        self.whitening: Whitening | None = None # map of the embeddings under `cfg.pooling_mode`, once it is fitted
         self.apply(_init_weights)
 
     def patchify(self, spec: Tensor) -> Tensor: # (B, C, T, M) → (B, N, patch_dim)
@@ -491,7 +495,7 @@ def embed_shifted(
     mode: str, # one of `POOLING_MODES`
     frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
     first: int = 0, # number of frames by which the clips are moved on the patch grid
-) -> Tensor: # (B, embedding_dim)
+) -> Tensor: # (B, pooled_dim)
     "Return one vector per clip for one position of the patch grid; padding is left out."
     grid, ids = model.cfg.grid_size, None
     patches = model.patchify(spec.roll(first, dims=2) if first else spec)  # (B, N, patch_dim)
@@ -499,8 +503,22 @@ def embed_shifted(
     if padding is not None:  # patches that are padding in every clip need not be computed
         ids = (~padding).any(dim=0).nonzero()[:, 0].expand(len(spec), -1)  # (B, n)
         padding, grid = padding.gather(1, ids), (ids.shape[1] // grid[1], grid[1])
-    latent = model.encoder(patches, ids, padding)  # (B, 1 + n, D)
+    latent = model.encoder(patches, ids, padding, model.cfg.embedding_layers)  # (B, 1 + n, D)
     return extract_embeddings(latent, mode, grid, key_padding_mask=padding)
+
+# %% ../nbs/02_model.ipynb #02b00001
+def read_out(
+    model: MaskedAutoencoder, # trained model
+    spec: Tensor, # (B, C, time, mel) spectrograms
+    mode: str, # one of `POOLING_MODES`
+    frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
+) -> Tensor: # (B, embedding_dim)
+    "Return one vector per clip: the mean over positions of the patch grid, and statistics if the config adds them."
+    n, size = model.cfg.grid_shifts, model.cfg.patch_size[0]
+    rows = [embed_shifted(model, spec, mode, frames, i * size // n) for i in range(n)]
+    x = torch.stack(rows).mean(dim=0) if n > 1 else rows[0]
+    return torch.cat([x, spectrogram_statistics(spec, frames)], dim=1) if model.cfg.add_statistics else x
+
 
 # %% ../nbs/02_model.ipynb #5f92189e
 class AudioMAEPlusPlus(MaskedAutoencoder):
@@ -520,11 +538,16 @@ class AudioMAEPlusPlus(MaskedAutoencoder):
         spec: Tensor, # (B, C, time, mel) standardized spectrograms
         pooling_mode: str | None = None, # one of `POOLING_MODES`; the config's if None
         frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
-    ) -> Tensor: # (B, embedding_dim)
-        "Return one vector per clip, the mean over `cfg.grid_shifts` positions of the patch grid."
-        mode, n, size = pooling_mode or self.cfg.pooling_mode, self.cfg.grid_shifts, self.cfg.patch_size[0]
-        rows = [embed_shifted(self, spec, mode, frames, i * size // n) for i in range(n)]
-        return torch.stack(rows).mean(dim=0) if n > 1 else rows[0]
+    ) -> Tensor: # (B, D); see `embedding_dim`
+        "Return one vector per clip; only the pooling mode of the config is whitened."
+        mode = pooling_mode or self.cfg.pooling_mode
+        x = read_out(self, spec, mode, frames)
+        return x if self.whitening is None or mode != self.cfg.pooling_mode else self.whitening(x)
+
+    @property
+    def embedding_dim(self) -> int:
+        "Length of the embedding of a clip."
+        return self.cfg.embedding_dim if self.whitening is None else self.whitening.weight.shape[1]
 
     def write(
         self,

@@ -116,6 +116,26 @@ def extract_embeddings(
     return torch.cat([parts[part] for part in mode.split("+")], dim=-1)
 
 
+# %% ../nbs/03_pooling.ipynb #03b00002
+def spectrogram_statistics(
+    spec: torch.Tensor, # (B, C, T, M) spectrograms
+    frames: torch.Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
+) -> torch.Tensor: # (B, 4·C·M): mean, deviation, deviation of the change from frame to frame, maximum of each band
+    "Return statistics over time of each band, without padding."
+    x = spec.transpose(1, 2).flatten(2)  # (B, T, C·M)
+    padding = None
+    if frames is not None:
+        padding = torch.arange(x.shape[1], device=x.device) >= frames.clamp(min=1)[:, None]  # (B, T)
+
+    def deviation(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor: # (B, T, D) → (B, D)
+        return _mean((x - _mean(x, padding)[:, None]).square(), padding).sqrt()
+
+    steps = x.diff(dim=1) if x.shape[1] > 1 else torch.zeros_like(x)
+    step_padding = padding if padding is None or x.shape[1] == 1 else padding[:, 1:]
+    loudest = (x if padding is None else x.masked_fill(padding[..., None], -torch.inf)).amax(dim=1)
+    return torch.cat([_mean(x, padding), deviation(x, padding), deviation(steps, step_padding), loudest], dim=1)
+
+
 # %% ../nbs/03_pooling.ipynb #03a00004
 WHITENING_POWER, MOST_COMPONENTS = 0.75, 256
 
@@ -124,8 +144,8 @@ def whitening_size(
     clips: int, # number of embeddings to fit on
     width: int, # length of an embedding
 ) -> int:
-    "Return how many components to keep: a power of two, at most a quarter of the clips, the width, and 256."
-    return 2 ** int(math.log2(max(1, min(clips // 4, width, MOST_COMPONENTS))))
+    "Return how many components to keep: a power of two, at most a quarter of the clips (or 8), and at most 256."
+    return 2 ** int(math.log2(min(max(8, clips // 4), width, MOST_COMPONENTS)))
 
 
 class Whitening(nn.Module):

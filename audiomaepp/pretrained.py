@@ -23,6 +23,7 @@ from torch import Tensor
 from .config import PRESETS, Config
 from .files import check_archive, damaged, make_folder, naming, read_header
 from .model import AudioMAEPlusPlus
+from .pooling import Whitening
 from .tables import render
 from .weights import check_finite, check_shapes, read_tensors, sizes, weight_shapes
 
@@ -45,6 +46,18 @@ def _find(
         raise FileNotFoundError(f"{path} is missing; {use}")
     return path
 
+# %% ../nbs/50_pretrained.ipynb #50a00001
+def whitening_shapes(
+    shapes: Mapping[str, tuple[int, ...]], # shapes in a file of weights, by name
+    cfg: Config, # config of the model
+) -> dict[str, tuple[int, ...]]: # empty if the file holds no whitening
+    "Return the shapes that the whitening in a file of weights must have."
+    if not any(name.startswith("whitening.") for name in shapes):
+        return {}
+    width, size = cfg.embedding_dim, (*shapes.get("whitening.weight", ()), 0)[1:2]
+    return {"whitening.mean": (width,), "whitening.weight": (width, max(1, min(width, *size)))}
+
+
 # %% ../nbs/50_pretrained.ipynb #5b0c0002
 def from_pretrained(
     kind: type[AudioMAEPlusPlus], # class of the model
@@ -58,8 +71,12 @@ def from_pretrained(
     """
     config, weights = (_find(source, name, options) for name in ("config.json", "model.safetensors"))
     cfg = Config.load(config)
-    check_shapes(read_header(weights).shapes, weight_shapes(cfg, kind), weights, f"{config} ({sizes(cfg)})")
+    shapes, wanted = read_header(weights).shapes, weight_shapes(cfg, kind)
+    whitened = whitening_shapes(shapes, cfg)
+    check_shapes(shapes, wanted | whitened, weights, f"{config} ({sizes(cfg)})")
     model = kind(cfg)
+    if whitened:
+        model.whitening = Whitening(*whitened["whitening.weight"])
     model.load_state_dict(read_tensors(weights))
     return model.eval().to(device)
 
@@ -74,7 +91,7 @@ def generate_model_card(
     names = list(dict.fromkeys(name for row in scores.values() for name in row))
     return ModelCard(render(
         "model_card.md", millions=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}", names=names, data=data,
-        seconds=f"{cfg.clip_seconds:g}", sample_rate=cfg.sample_rate, embedding_dim=cfg.embedding_dim,
+        seconds=f"{cfg.clip_seconds:g}", sample_rate=cfg.sample_rate, embedding_dim=model.embedding_dim,
         settings={name: repr(value) for name, value in cfg.diff().items()},
         scores={who: [f"{row[n]:.3g}" if n in row else "" for n in names] for who, row in scores.items()},
     ))

@@ -111,6 +111,27 @@ def _begin(out: Path, command: str):
                          "another out")
     claim(out, command, RUN_FILES)
 
+# %% ../nbs/40_run.ipynb #40c00001
+def whitened(
+    out: str | os.PathLike, # folder of a finished run
+    cfg: Config, # its config
+    parts: Parts | None, # its recordings; needed if the config says `whiten`
+    device, # device of the model
+    quiet: bool = False, # whether progress is hidden
+) -> "AudioMAEPlusPlus":
+    "Return the model of a run; fit and save its whitening first, if it should have one and has none yet."
+    from audiomaepp.embed import whiten_model
+    from audiomaepp.model import AudioMAEPlusPlus
+
+    def whiten():
+        model = AudioMAEPlusPlus.from_pretrained(out, device)
+        if cfg.whiten and model.whitening is None:
+            whiten_model(model, parts.train, device, quiet).write(out)
+
+    on_main(whiten)
+    return AudioMAEPlusPlus.from_pretrained(out, device)
+
+
 # %% ../nbs/40_run.ipynb #6a9264d5
 def train_run(
     cfg: Config, # settings of the model and its training
@@ -124,7 +145,6 @@ def train_run(
     "Train a model; write settings, a table of the sounds, checkpoints, history and the best model into `out`."
     from audiomaepp.batches import Augment, ClipLoader
     from audiomaepp.features import build_frontend
-    from audiomaepp.model import AudioMAEPlusPlus
     from audiomaepp.train import Trainer
     from audiomaepp.validation import Validation, without_validation
 
@@ -137,7 +157,8 @@ def train_run(
                 if trainer.accelerator.is_main_process and not quiet:
                     done = trainer.state.epoch
                     print(f"already finished: {done} epochs; train longer with epochs={2 * done} (--epochs {2 * done})")
-                return AudioMAEPlusPlus.from_pretrained(out, trainer.device), trainer.history
+                parts = open_again(out, cfg, quiet) if cfg.whiten else None
+                return whitened(out, cfg, parts, trainer.device, quiet), trainer.history
             opened = open_again(out, cfg, quiet)
             on_main(lambda: claim(out, command, RUN_FILES, goes_on=True))
         else:
@@ -157,7 +178,7 @@ def train_run(
         validation = Validation(fitted, held, cfg)
         history = trainer.fit(ClipLoader(fitted, cfg), validation, validation.best_by)
         trainer.accelerator.wait_for_everyone()
-        return AudioMAEPlusPlus.from_pretrained(out, trainer.device), history
+        return whitened(out, cfg, parts, trainer.device, quiet), history
 
 
 def _renamed(history: "History") -> "History":
@@ -190,11 +211,13 @@ def score_parts(
     "Embed both parts with a model, and score the held-out part beside the baseline and chance."
     import numpy as np
 
-    from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.embed import EmbeddingGenerator, whiten_model
     from audiomaepp.evaluate import make_report
     from audiomaepp.validation import baseline_features
 
     generator, (train, test, protocol) = EmbeddingGenerator(model, device), parts
+    if generator.cfg.whiten and generator.model.whitening is None:  # its training has not finished yet
+        whiten_model(generator.model, train, device, quiet)
     train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
     test_x, test_rows, _ = generator.embed_recordings(test, quiet=quiet)
     train, test = train.select(train_rows), test.select(test_rows)
@@ -316,8 +339,10 @@ def map_space(
 ) -> Space:
     "Embed the clips of a run in the settings of its map."
     import numpy as np
+    import torch
 
     from audiomaepp.evaluate import evaluate_embeddings
+    from audiomaepp.pooling import fit_whitening
     from audiomaepp.train import read_snapshots, untrained
 
     def shown(train_x, test_x):
@@ -337,6 +362,9 @@ def map_space(
     both = [embed_together(models, part, quiet, device) for part in (train, test)]
     for name in models:
         x = [part[name] for part in both]
+        if cfg.whiten:
+            whitening = fit_whitening(x[0])
+            x = [whitening(torch.from_numpy(one)).numpy() for one in x]
         vectors[name] = shown(*x)
         numbers[name] = _numbers(evaluate_embeddings(x[0], train.labels, x[1], test.labels))
     vectors[MODEL] = shown(found.train_x, found.test_x)
