@@ -179,6 +179,7 @@ class _Masking(_Image):
     mask_ratio: float = 0.75 # share of patches that are hidden from the encoder, between 0 and 1
     mask_mode: Literal["random", "time", "band"] = "random" # unit that is hidden: patch, time step or frequency band
     norm_pix_loss: bool = False # standardize each target patch before the reconstruction loss
+    decode_ratio: float = 1.0 # share of the hidden patches that training predicts, drawn anew in each step
 
     def _check(self):
         _need_float("mask_ratio", self.mask_ratio, 0, 1, "0.75, which hides three patches in four", True, True)
@@ -187,6 +188,7 @@ class _Masking(_Image):
             n = self._mask_units
             raise _bad("mask_ratio", self.mask_ratio, f"must leave some of {n} {units} visible and some hidden",
                        f"{round(max(1, n // 2) / n, 3)}" if n > 1 else "a smaller patch_size")
+        _need_float("decode_ratio", self.decode_ratio, 0, 1, "0.5 to predict half of them, or 1", open_low=True)
 
     @property
     def _mask_units(self) -> int:

@@ -205,10 +205,9 @@ def fingerprint(
 ) -> str: # 12 hexadecimal digits
     "Return a hash of the weights and the settings of a model."
     settings = model.cfg.to_dict()
-    for name in ("snapshots", "whiten"):  # without effect on vectors, and newer than many tables of embeddings
+    unused, new = ("snapshots", "decode_ratio", "whiten"), ("embedding_layers", "add_statistics")
+    for name in (*unused, *(name for name in new if not settings[name])):  # newer than many tables of embeddings
         settings.pop(name)
-    for name in ("embedding_layers", "add_statistics"):  # newer too
-        settings = settings if settings[name] else {k: v for k, v in settings.items() if k != name}
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(cpu_state(model).items()):
         digest.update(name.encode() + value.numpy().tobytes())

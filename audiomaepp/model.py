@@ -282,7 +282,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        patches: Tensor, # (B, N, patch_dim) all patches
+        patches: Tensor, # (B, N, patch_dim) all patches, or (B, visible, patch_dim) the visible ones
         ids_keep: Tensor | None = None, # (B, visible) indices of the visible patches; None for all, in order
         key_padding_mask: Tensor | None = None, # (B, N or visible) True for patches of padding
         layers: tuple[int, ...] = (), # numbers of the blocks, from 1, whose outputs are averaged; () for the last one
@@ -290,7 +290,8 @@ class Encoder(nn.Module):
         "Encode the visible patches."
         pos, angles = self.pos_embed[:, 1:], self.angles  # (1, N, D), (1 + N, d / 2)
         if ids_keep is not None:
-            patches, pos = take(patches, ids_keep), take(pos.expand(ids_keep.shape[0], -1, -1), ids_keep)
+            pos = take(pos.expand(ids_keep.shape[0], -1, -1), ids_keep)
+            patches = patches if patches.shape[1] == ids_keep.shape[1] else take(patches, ids_keep)
             if angles is not None:
                 ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), ids_keep + 1], dim=1)
                 angles = angles[ids]  # (B, 1 + visible, d / 2)
@@ -330,16 +331,55 @@ class Decoder(nn.Module):
         self,
         latent: Tensor, # (B, 1 + visible, D) the encoder's tokens, CLS first
         ids_keep: Tensor, # (B, visible) indices of the visible patches
-    ) -> Tensor: # (B, N, patch_dim)
-        "Predict all patches from the visible tokens."
-        x = self.embed(latent)  # (B, 1 + visible, dim)
-        b, n, d = len(x), self.pos_embed.shape[1] - 1, x.shape[-1]
-        full = self.mask_token.to(x.dtype).expand(b, n, d)  # (B, N, dim)
-        full = full.scatter(1, ids_keep[..., None].expand(-1, -1, d), x[:, 1:])
-        x = torch.cat([x[:, :1], full], dim=1) + self.pos_embed  # (B, 1 + N, dim)
+        ids_pred: Tensor | None = None, # (B, n) indices of the hidden patches to predict; None for all N patches
+    ) -> Tensor: # (B, N or n, patch_dim)
+        "Predict patches from the visible tokens."
+        x, pos, angles = self.embed(latent), self.pos_embed, self.angles  # (B, 1 + visible, dim), (1, 1 + N, dim)
+        b, n, d = len(x), pos.shape[1] - 1 if ids_pred is None else ids_pred.shape[1], x.shape[-1]
+        hidden = self.mask_token.to(x.dtype).expand(b, n, d)  # (B, N or n, dim)
+        if ids_pred is None:
+            hidden = hidden.scatter(1, ids_keep[..., None].expand(-1, -1, d), x[:, 1:])
+            x = torch.cat([x[:, :1], hidden], dim=1) + pos  # (B, 1 + N, dim)
+        else:
+            ids = F.pad(torch.cat([ids_keep, ids_pred], dim=1) + 1, (1, 0))  # (B, 1 + visible + n)
+            x = torch.cat([x, hidden], dim=1) + take(pos.expand(b, -1, -1), ids)  # (B, 1 + visible + n, dim)
+            angles = None if angles is None else angles[0, ids]
         for block in self.blocks:
-            x = block(x, self.angles)
-        return self.pred(self.norm(x))[:, 1:]
+            x = block(x, angles)
+        return self.pred(self.norm(x))[:, -n:] if ids_pred is None else self.pred(self.norm(x[:, -n:]))
+
+
+# %% ../nbs/02_model.ipynb #02d00002
+def part_of_hidden(
+    mask: Tensor, # (B, N) 1 = masked, as many in each clip
+    noise: Tensor, # (B, N) random numbers in [0, 1)
+    share: float, # share of the hidden patches
+) -> Tensor: # (B, n) indices, ascending
+    "Choose a part of the hidden patches, those with the largest numbers."
+    n = max(1, round(share * int(mask[0].sum())))
+    return (mask + noise).argsort(dim=1, descending=True, stable=True)[:, :n].sort(dim=1).values
+
+
+# %% ../nbs/02_model.ipynb #02d00005
+def reconstruct(
+    decoder: Decoder,
+    latent: Tensor, # (B, 1 + visible, D) the encoder's tokens, CLS first
+    patches: Tensor, # (B, N, patch_dim) all patches
+    masking: tuple[Tensor, Tensor, Tensor | None], # ids_keep (B, visible), mask (B, N), noise (B, N) if it was drawn
+    share: float = 1.0, # share of the hidden patches to predict
+    norm_pix: bool = False, # whether each target patch is standardized first
+) -> tuple[Tensor, Tensor]: # (B, N, patch_dim) predictions, 0 where nothing was predicted; () reconstruction loss
+    "Predict patches and compare the hidden ones with the true ones."
+    ids_keep, mask, noise = masking
+    if share == 1:
+        pred = decoder(latent, ids_keep)  # (B, N, patch_dim)
+        return pred, reconstruction_loss(pred, patches, mask, norm_pix)
+    ids = part_of_hidden(mask, torch.rand_like(mask) if noise is None else noise, share)  # (B, n)
+    some = decoder(latent, ids_keep, ids)  # (B, n, patch_dim)
+    loss = reconstruction_loss(some, take(patches, ids), torch.ones_like(some[..., 0]), norm_pix)
+    pred = torch.zeros_like(patches, dtype=some.dtype)
+    return pred.scatter(1, ids[..., None].expand_as(some), some.detach()), loss
+
 
 # %% ../nbs/02_model.ipynb #6d0b001e
 def _same_clip(
@@ -412,6 +452,28 @@ def _check_spec(
         raise ValueError(f"spec must have shape {want}, as (batch, channel, time, mel), got {tuple(spec.shape)}; use "
                          "build_frontend with the same config")
 
+# %% ../nbs/02_model.ipynb #02d00004
+def other_patches(
+    mask: Tensor, # (B, N) mask of the first view, 1 = masked
+    noise: Tensor | None, # (B, N) random numbers of that mask; None if the mask was given
+) -> Tensor: # (B, visible) indices, ascending
+    "Choose visible patches for a second view: others than those of the first view, as far as possible."
+    hidden_first = 1 - noise if noise is not None else torch.rand_like(mask) - mask
+    return split_by_noise(hidden_first, int((mask[0] == 0).sum()))[0]
+
+
+def encode_views(
+    encoder: Encoder,
+    views: list[Tensor], # (B, N, patch_dim) patches of each view
+    ids: list[Tensor], # (B, visible) indices of the visible patches of each view
+) -> list[Tensor]: # (B, 1 + visible, D) tokens of each view
+    "Encode the visible patches of all views in one batch."
+    if len(views) == 1:
+        return [encoder(views[0], ids[0])]
+    visible = torch.cat([take(patches, kept) for patches, kept in zip(views, ids, strict=True)])
+    return list(encoder(visible, torch.cat(ids)).chunk(len(views)))
+
+
 # %% ../nbs/02_model.ipynb #437c0846
 class MaskedAutoencoder(nn.Module):
     "Encoder, decoder and losses: all that training needs. Source: arXiv 2507.10464, arXiv 2111.06377."
@@ -443,35 +505,26 @@ class MaskedAutoencoder(nn.Module):
         view2: Tensor | None = None, # (B, C, time, mel) another augmented version of the clips
     ) -> AudioMAEOutput:
         "Hide patches, predict them, and return every loss that is on."
-        cfg, noise, patches = self.cfg, None, self.patchify(spec)  # (B, N, patch_dim)
+        cfg, patches = self.cfg, self.patchify(spec)  # (B, N, patch_dim)
         if mask is None:
             ids_keep, mask, noise = random_masking(len(spec), cfg, spec.device)  # (B, visible), (B, N), (B, N)
         else:
-            ids_keep, mask = ids_of_mask(mask.to(spec.device), len(spec), cfg.num_patches)
-        latent = self.encoder(patches, ids_keep)  # (B, 1 + visible, D)
-        pred = self.decoder(latent, ids_keep)  # (B, N, patch_dim)
-        embeddings = extract_embeddings(latent, cfg.pooling_mode, cfg.grid_size, ids_keep=ids_keep)  # (B, D)
-        losses = {"reconstruction": reconstruction_loss(pred, patches, mask, cfg.norm_pix_loss)}
-        loss = losses["reconstruction"]
+            (ids_keep, mask), noise = ids_of_mask(mask.to(spec.device), len(spec), cfg.num_patches), None
+        labels, views, ids = labels if cfg.use_labels else None, [patches], [ids_keep]
+        if cfg.use_contrastive_loss and (labels is None or view2 is not None):
+            views.append(patches if view2 is None else self.patchify(view2))
+            ids.append(other_patches(mask, noise))  # (B, visible)
+        latent, *second = encode_views(self.encoder, views, ids)  # (B, 1 + visible, D) each
+        share = cfg.decode_ratio if self.training else 1.0
+        pred, error = reconstruct(self.decoder, latent, patches, (ids_keep, mask, noise), share, cfg.norm_pix_loss)
+        rows = [extract_embeddings(tokens, cfg.pooling_mode, cfg.grid_size, ids_keep=kept)
+                for tokens, kept in zip([latent, *second], ids, strict=True)]  # (B, D) each
+        losses, loss = {"reconstruction": error}, error
         if cfg.use_contrastive_loss or cfg.use_uniformity_loss:
-            labels, second = labels if cfg.use_labels else None, None
-            if cfg.use_contrastive_loss and (labels is None or view2 is not None):
-                second = self.second_view(patches if view2 is None else self.patchify(view2), mask, noise)  # (B, D)
-            losses |= embedding_losses(embeddings, second, labels, cfg)
+            losses |= embedding_losses(rows[0], rows[1] if second else None, labels, cfg)
             loss = loss + sum(getattr(cfg, f"{k}_weight") * v for k, v in losses.items() if k != "reconstruction")
-        return AudioMAEOutput(loss, losses, pred, mask, latent, embeddings)
+        return AudioMAEOutput(loss, losses, pred, mask, latent, rows[0])
 
-    def second_view(
-        self,
-        patches: Tensor, # (B, N, patch_dim) patches to embed
-        mask: Tensor, # (B, N) mask of the first view
-        noise: Tensor | None, # (B, N) random numbers of that mask; None if the mask was given
-    ) -> Tensor: # (B, D)
-        "Embed clips with other visible patches than the first view, as far as possible."
-        hidden_first = 1 - noise if noise is not None else torch.rand_like(mask) - mask
-        ids_keep, _ = split_by_noise(hidden_first, int((mask[0] == 0).sum()))
-        latent = self.encoder(patches, ids_keep)  # (B, 1 + visible, D)
-        return extract_embeddings(latent, self.cfg.pooling_mode, self.cfg.grid_size, ids_keep=ids_keep)
 
 # %% ../nbs/02_model.ipynb #6d0b000c
 def padding_mask(
