@@ -43,11 +43,18 @@ def standardize_spec(
         spec = (spec - mean) / std.clamp(min=_STD_FLOOR)
     return spec.clamp(-_FURTHEST, _FURTHEST)
 
-# %% ../nbs/11_features.ipynb #2b400c34
+# %% ../nbs/11_features.ipynb #11c0de01
 _LOUDEST = 1e9 # full scale is 1; a float file can hold any value, and its power must not overflow
-_BLOCK = 8 # clips at a time on a CPU: the frames of more do not fit into its cache
+EPS = torch.finfo(torch.float32).eps # least power of a band; its logarithm is silence
+BLOCK = 8 # clips at a time on a CPU: the frames of more do not fit into its cache
 
 
+def in_blocks(clips: int, device: torch.device) -> list[slice]: # consecutive rows
+    "Return the blocks in which a batch is computed; on a GPU, the whole batch."
+    size = BLOCK if device.type == "cpu" else max(1, clips)
+    return [slice(first, first + size) for first in range(0, max(1, clips), size)]
+
+# %% ../nbs/11_features.ipynb #2b400c34
 class FrontEnd(nn.Module):
     "Base class of modules that turn waveforms into standardized spectrograms; a subclass defines `log_spectrum`."
 
@@ -76,20 +83,24 @@ class FrontEnd(nn.Module):
         lengths: torch.Tensor | None = None, # (B,) samples of each clip before its padding; default: no padding
         top_db: torch.Tensor | None = None, # (B,) a value for each clip; default: the module's
     ) -> torch.Tensor: # (B, 1, num_frames, n_mels) float32
-        "Return the standardized spectrograms of a batch of clips."
+        "Return the standardized spectrograms of a batch of clips; log spectra (B, frames, n_mels) are standardized."
+        if wav.dim() == 3 and wav.shape[2] == self.mel.shape[1]:
+            return self.standardize(wav.float(), top_db)
         if wav.dim() != 2:
             raise ValueError(f"wav must be a batch of shape (B, samples), got {tuple(wav.shape)}; use wav[None] for one"
                              " clip")
         with torch.autocast(wav.device.type, enabled=False):
             wav = wav.float().clamp(-_LOUDEST, _LOUDEST)
-            if lengths is None:
-                lengths = torch.full((len(wav),), wav.shape[1], device=wav.device)
-            size = _BLOCK if wav.device.type == "cpu" else max(1, len(wav))
-            blocks = zip(wav.split(size), lengths.to(wav.device).split(size), strict=True)
-            spec = torch.cat([self.log_spectrum(*block) for block in blocks])
-            top_db = self.top_db if top_db is None else top_db
-            spec = standardize_spec(spec, self.normalize, self.spec_mean, self.spec_std, top_db)
-            return spec[:, None, : self.num_frames]
+            full = torch.full((len(wav),), wav.shape[1], device=wav.device)
+            lengths = full if lengths is None else lengths.to(wav.device)
+            blocks = in_blocks(len(wav), wav.device)
+            return self.standardize(torch.cat([self.log_spectrum(wav[b], lengths[b]) for b in blocks]), top_db)
+
+    def standardize(self, spec: torch.Tensor, top_db: torch.Tensor | None = None) -> torch.Tensor:
+        "Return log spectra (B, frames, n_mels) standardized, as (B, 1, num_frames, n_mels)."
+        top_db = self.top_db if top_db is None else top_db
+        spec = standardize_spec(spec, self.normalize, self.spec_mean, self.spec_std, top_db)
+        return spec[:, None, : self.num_frames]
 
     def _apply(self, fn, recurse=True):
         window, mel = self.window, self.mel
@@ -117,6 +128,8 @@ class LogMel(FrontEnd):
     Source: arXiv 2507.10464 and its released code; the filters are torchaudio's.
     """
 
+    padding = math.log(EPS) # value of a frame without sound
+
     def __init__(
         self,
         num_frames: int = 200, # frames of a spectrogram
@@ -140,6 +153,11 @@ class LogMel(FrontEnd):
         window = torch.hann_window(win_length)
         super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
         self.n_fft = n_fft
+        self.edge = -(-n_fft // 2 // hop_length) # frames at either end of a clip that see beyond it
+
+    def frames(self, samples: int) -> int:
+        "Return the number of frames whose center lies in a sound."
+        return -(-samples // self.hop_length)
 
     def log_spectrum(
         self,
@@ -152,7 +170,7 @@ class LogMel(FrontEnd):
         sizes = self.n_fft, self.hop_length, len(self.window)
         spectrum = torch.stft(wav, *sizes, self.window, pad_mode="reflect", return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square() # (B, bins, frames)
-        return (power.mT @ self.mel + torch.finfo(torch.float32).eps).log()
+        return (power.mT @ self.mel + EPS).log()
 
 # %% ../nbs/11_features.ipynb #57c6c1b9
 class Fbank(FrontEnd):
@@ -161,6 +179,8 @@ class Fbank(FrontEnd):
     Pass `lengths` for padded clips: log energies after the end of a clip are zero, as AudioMAE pads them.
     Source: arXiv 2207.06405; the tables are torchaudio's.
     """
+
+    padding, edge = 0.0, 0 # value of a frame that is missing; every frame lies in the clip
 
     def __init__(
         self,
@@ -185,6 +205,10 @@ class Fbank(FrontEnd):
         mel = F.pad(mel.T, (0, 0, 0, 1))
         super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
 
+    def frames(self, samples: int) -> int:
+        "Return the number of frames that fit into a sound; one shorter than a window has one."
+        return 1 + max(0, samples - len(self.window)) // self.hop_length
+
     def log_spectrum(
         self,
         wav: torch.Tensor, # (B, samples)
@@ -195,8 +219,8 @@ class Fbank(FrontEnd):
         mean = _silence_padding(wav, lengths).sum(1) / lengths
         wav = _silence_padding(wav - mean[:, None], lengths)[:, : (self.num_frames - 1) * self.hop_length + win]
         frames = F.pad(wav, (0, max(0, win - wav.shape[1]))).unfold(1, win, self.hop_length)
-        energies = self._energies(frames).clamp(min=torch.finfo(torch.float32).eps).log()
-        fitting = 1 + (lengths - win).clamp(min=0) // self.hop_length # a clip shorter than a window has one frame
+        energies = self._energies(frames).clamp(min=EPS).log()
+        fitting = 1 + (lengths - win).clamp(min=0) // self.hop_length
         energies = energies * (torch.arange(frames.shape[1], device=wav.device) < fitting[:, None])[..., None]
         return F.pad(energies, (0, 0, 0, self.num_frames - energies.shape[1]))
 
@@ -224,3 +248,48 @@ def build_frontend(
     if cfg.frontend == "fbank":
         return Fbank(num_frames, n_mels, **settings)
     raise ValueError(f"frontend must be 'logmel' or 'fbank', got {cfg.frontend!r}; use 'logmel', the default")
+
+# %% ../nbs/11_features.ipynb #11c0de04
+@torch.no_grad()
+def log_recording(
+    frontend: FrontEnd, # front end on the device of the samples
+    wav: torch.Tensor, # (samples,) recording of any length
+) -> torch.Tensor: # (edge + frames + edge, n_mels)
+    "Return the log spectrum of a whole recording, with `edge` more frames before it and after it."
+    size, hop, edge = frontend.num_frames * frontend.hop_length, frontend.hop_length, frontend.edge
+    fits = frames_of_clip(frontend)
+    short = len(wav) < size # zeros will surround it, and the frames next to it see a part of it
+    frames = frontend.frames(len(wav)) + 2 * edge if short else fits + (len(wav) - size) // hop
+    last, before = max(0, frames - fits), edge * hop * short
+    wav = wav.float().clamp(-_LOUDEST, _LOUDEST)
+    wav = F.pad(wav, (before, max(0, last * hop + size - len(wav) - before)))
+    spec, clips = wav.new_empty(last + fits, frontend.mel.shape[1]), wav.unfold(0, size, hop)
+    firsts = torch.tensor([*range(0, last, max(1, fits - 2 * edge)), last])
+    for some in firsts.split(BLOCK):
+        lengths = torch.full((len(some),), size, device=wav.device)
+        for first, clip in zip(some.tolist(), frontend.log_spectrum(clips[some], lengths), strict=True):
+            skip = edge if first else 0
+            spec[first + skip : first + fits] = clip[skip:fits]
+    return spec[:frames] if short else F.pad(spec, (0, 0, edge, edge), value=frontend.padding)
+
+
+def frames_of_clip(frontend: FrontEnd) -> int:
+    "Return the number of frames of a clip that are not padding."
+    return min(frontend.num_frames, frontend.frames(frontend.num_frames * frontend.hop_length))
+
+# %% ../nbs/11_features.ipynb #11c0de07
+def log_clip(
+    frontend: FrontEnd,
+    spec: torch.Tensor, # output of `log_recording`
+    where: float = 0.0, # place of the clip in a longer recording, from 0, its beginning, to 1, its end
+    offset: float = 0.0, # place of a shorter recording in the clip
+) -> torch.Tensor: # (num_frames, n_mels)
+    "Return the log spectrum of a clip."
+    edge, fits = frontend.edge, frames_of_clip(frontend)
+    free = len(spec) - 2 * edge - fits # frames by which the recording is longer
+    place = min(abs(free), int((where if free >= 0 else offset) * (abs(free) + 1)))
+    first = -place if free >= 0 else place # frame of the clip at which the recording begins
+    begin, end = max(0, first - edge), min(fits, first + len(spec) - edge)
+    clip = spec.new_full((frontend.num_frames, spec.shape[1]), frontend.padding)
+    clip[begin:end] = spec[begin - first + edge : end - first + edge]
+    return clip
