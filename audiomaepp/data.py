@@ -737,10 +737,13 @@ class _Check:
         self.room -= wave.nbytes
         return (wave if self.room >= 0 else None), len(wave) / r.sample_rate
 
+# %% ../nbs/12_data.ipynb #12c0de01
+KEEP = 2**30 # bytes of decoded audio that may stay in memory
+
 # %% ../nbs/12_data.ipynb #70e93d4f
 def drop_unreadable(
     recordings: Recordings, # recordings to check
-    keep: int = 2**30, # bytes of decoded audio that may stay in memory; 0 keeps none
+    keep: int = KEEP, # bytes of decoded audio that may stay in memory; 0 keeps none
     workers: int | None = None, # threads; default: one for each core
     quiet: bool = False, # whether the progress bar is hidden
 ) -> Recordings:
