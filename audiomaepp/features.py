@@ -33,7 +33,7 @@ def standardize_spec(
         depth = torch.as_tensor(top_db, device=spec.device).view(-1, 1, 1) * math.log(10) / 10
         spec = spec.maximum(spec.amax((1, 2), keepdim=True) - depth)
     if normalize == "dataset":
-        spec = (spec - spec_mean) / (2 * spec_std)
+        spec = (spec - spec_mean).div_(2 * spec_std)
     elif normalize == "band":
         sounds = (spec.amax(2, keepdim=True) > spec.amin(2, keepdim=True)).float()  # (B, frames, 1)
         mean = (spec * sounds).sum(1, keepdim=True) / sounds.sum(1, keepdim=True).clamp(min=1)
@@ -41,7 +41,7 @@ def standardize_spec(
     else:
         std, mean = torch.std_mean(spec, (1, 2), keepdim=True)
         spec = (spec - mean) / std.clamp(min=_STD_FLOOR)
-    return spec.clamp(-_FURTHEST, _FURTHEST)
+    return spec.clamp_(-_FURTHEST, _FURTHEST)
 
 # %% ../nbs/11_features.ipynb #11c0de01
 _LOUDEST = 1e9 # full scale is 1; a float file can hold any value, and its power must not overflow
