@@ -7,10 +7,13 @@ __all__ = ['UnreadableError', 'ClipLoader', 'Augment']
 
 # %% ../nbs/14_batches.ipynb #d2cc559a
 import math
+import os
 import signal
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .audio import AudioError
 from .config import Config
-from .data import Recordings, Skipped
+from .data import KEEP, Recordings, Skipped
+from .features import EPS, FrontEnd, build_frontend, frames_of_clip, in_blocks, log_clip, log_recording
+from .files import OutputError
 
 # %% ../nbs/14_batches.ipynb #f5a12abf
 def _in_pairs(
@@ -80,6 +85,28 @@ class _Schedule:
         even = self._length // self.world_size * self.world_size # the same number for every process
         return iter(self.batches(self.epoch)[start:even][self.rank :: self.world_size])
 
+# %% ../nbs/14_batches.ipynb #14c0de01
+class _Waves:
+    "Cuts clips of samples out of recordings."
+
+    name = "wav" # of the clips in a batch
+
+    def __init__(self, recordings: Recordings, size: int):
+        self.recordings, self.size, self.empty = recordings, size, torch.zeros(0, size)
+
+    def __call__(
+        self,
+        row: int, # number of the recording
+        where: float, # place of the clip in a longer recording, from 0 to 1
+        offset: float, # place of a shorter recording in the clip
+    ) -> torch.Tensor: # (samples,)
+        "Return one clip; raise `AudioError` if the recording cannot be read."
+        wave = self.recordings.crop(row, self.size, where)
+        clip = torch.zeros(self.size)
+        first = int(offset * (self.size - len(wave) + 1))
+        clip[first : first + len(wave)] = wave
+        return clip
+
 # %% ../nbs/14_batches.ipynb #658cdbf8
 _TRIES = 100 # number of clips that are tried if no clip of a batch can be read
 
@@ -87,23 +114,21 @@ _TRIES = 100 # number of clips that are tried if no clip of a batch can be read
 class _Clips(Dataset):
     "Clips of one size, by key."
 
-    def __init__(self, recordings: Recordings, size: int, seed: int, random: bool, stand_in: bool):
-        self.recordings, self.size, self.seed, self.random = recordings, size, seed, random
+    def __init__(self, recordings: Recordings, cut: "_Waves | _LogMels", seed: int, random: bool, stand_in: bool):
+        self.recordings, self.cut, self.seed, self.random = recordings, cut, seed, random
         self.labels, self.stand_in = recordings.labels, stand_in
 
-    def __getitem__(self, key: tuple[int, int, int]): # (samples,) or None; label; row; reason or None
+    def __getitem__(self, key: tuple[int, int, int]): # clip or None; label; row; reason or None
         epoch, row, before = key
         rng = np.random.default_rng([1, self.seed, epoch, row, before])
         where, offset = rng.random(2) if self.random else (0.0, 0.0)
         label = int(self.labels[row])
         try:
-            wave = self.recordings.crop(row, self.size, where)
+            return self.cut(row, where, offset), label, row, None
+        except OutputError: # the disk is full; the recording is not to blame
+            raise
         except (AudioError, OSError, RuntimeError) as error:
             return None, label, row, getattr(error, "reason", f"{type(error).__name__}: {error}")
-        clip = torch.zeros(self.size)
-        first = int(offset * (self.size - len(wave) + 1))
-        clip[first : first + len(wave)] = wave
-        return clip, label, row, None
 
     def __getitems__(self, keys: list[tuple[int, int, int]]): # list of clips; (row, reason) of what cannot be read
         "Return the clips of a batch; in training, replace what cannot be read by a clip of its class, or any."
@@ -129,14 +154,13 @@ class _Clips(Dataset):
 # %% ../nbs/14_batches.ipynb #43d00599
 def _collate(
     found: tuple[list[tuple], list[tuple[int, str]]], # what `_Clips` returns for a batch
-    size: int, # samples in a clip
+    cut: "_Waves | _LogMels", # kind of the clips
 ) -> dict:
     "Return one batch; under \"failed\", (row, reason) of what could not be read."
-    clips, failed = found
-    waves, labels, rows, _ = zip(*clips, strict=True) if clips else ((), (), (), ())
-    wav = torch.stack(waves) if waves else torch.zeros(0, size)
+    some, failed = found
+    clips, labels, rows, _ = zip(*some, strict=True) if some else ((), (), (), ())
     labels, rows = (torch.tensor(numbers, dtype=torch.int64) for numbers in (labels, rows))
-    return {"wav": wav, "label": labels, "index": rows, "failed": failed}
+    return {cut.name: torch.stack(clips) if clips else cut.empty, "label": labels, "index": rows, "failed": failed}
 
 # %% ../nbs/14_batches.ipynb #a5140009
 class UnreadableError(ValueError):
@@ -175,17 +199,20 @@ def _leave_signals_to_the_trainer(worker: int):
 
 def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
     "Return PyTorch's loader of the scheduled batches."
-    workers = 0 if clips.recordings.in_memory else cfg.num_workers
+    workers = 0 if clips.recordings.in_memory or isinstance(clips.cut, _LogMels) else cfg.num_workers
     return DataLoader(
         clips, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0,
         timeout=cfg.loader_timeout if workers else 0, worker_init_fn=_leave_signals_to_the_trainer,
-        collate_fn=partial(_collate, size=clips.size), pin_memory=torch.cuda.is_available(),
+        collate_fn=partial(_collate, cut=clips.cut), pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(), # not torch's, whose random numbers must not change
     )
 
 # %% ../nbs/14_batches.ipynb #302facf6
 class ClipLoader:
-    "Batches of clips: dicts of wav (B, clip_samples), label (B,) with −1 for unlabeled, and index (B,), the row."
+    """Batches of clips: dicts of wav (B, clip_samples), label (B,) with −1 for unlabeled, and index (B,), the row.
+
+    With `cfg.cache_features`, batches of a training hold logmel (B, frames, n_mels) float16 instead of wav.
+    """
 
     def __init__(
         self,
@@ -198,13 +225,14 @@ class ClipLoader:
         if not len(recordings):
             raise ValueError("recordings must have at least one clip, got no recordings to load; check what was left "
                              "out in recordings.skipped")
-        seed, size, n = cfg.seed if seed is None else seed, cfg.clip_samples, len(recordings)
+        seed, n = cfg.seed if seed is None else seed, len(recordings)
         pairs = cfg.use_contrastive_loss and cfg.use_labels if pairs is None else pairs
         self.recordings = recordings = recordings.at_rate(cfg.sample_rate)
         balanced = pairs and bool((recordings.labels >= 0).any())
         self.schedule = _Schedule(recordings.labels, cfg.batch_size, seed, train, balanced)
         self.lost = _Lost(recordings, max(1, int(cfg.max_unreadable * n)) if train else n)
-        clips = _Clips(recordings, size, seed, random=train and cfg.random_crop, stand_in=train)
+        cut = _LogMels(recordings, cfg) if train and cfg.cache_features else _Waves(recordings, cfg.clip_samples)
+        clips = _Clips(recordings, cut, seed, random=train and cfg.random_crop, stand_in=train)
         self._batches = _data_loader(clips, self.schedule, cfg)
 
     def set_epoch(
@@ -243,66 +271,176 @@ class ClipLoader:
         return [self.recordings.paths[row] for row in batch["index"].tolist()]
 
 # %% ../nbs/14_batches.ipynb #e784dff0
+def _rolls(clips: int, size: int) -> torch.Tensor: # (clips,) int64
+    "Return for each clip the sample or frame that becomes its first."
+    return (torch.rand(clips) * size).long()
+
+
+def _mixing(clips: int, probability: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Return for each clip the row of another one, and its level in dB relative to the clip, −∞ if it is not mixed."
+    others = (torch.arange(clips, device=device) - int(torch.randint(1, clips, ()))) % clips
+    draws = torch.rand(2, clips, 1, device=device)
+    return others, torch.where(draws[1] < probability, -(3 + 9 * draws[0]), -math.inf) # (clips,), (clips, 1)
+
+
+def _gains(clips: int, decibels: float, device: torch.device) -> torch.Tensor: # (clips, 1)
+    "Return the gain of each clip in dB, up to `decibels`."
+    return decibels * (2 * torch.rand(clips, 1, device=device) - 1)
+
+# %% ../nbs/14_batches.ipynb #14c0de05
 def _roll(wav: torch.Tensor) -> torch.Tensor: # (B, samples)
     "Return each clip rolled by a random number of samples."
-    firsts = (torch.rand(len(wav)) * wav.shape[1]).long()
-    return torch.stack([clip.roll(-int(first)) for clip, first in zip(wav, firsts, strict=True)])
+    return torch.stack([clip.roll(-int(first)) for clip, first in zip(wav, _rolls(*wav.shape), strict=True)])
 
 
 def _mix(wav: torch.Tensor, probability: float) -> torch.Tensor: # (B, samples)
     "Return each clip, with `probability` mixed with another one of the batch."
     if len(wav) < 2:
         return wav
-    other = wav.roll(int(torch.randint(1, len(wav), ())), 0)
-    draws = torch.rand(2, len(wav), 1, device=wav.device)
+    others, decibels = _mixing(len(wav), probability, wav.device)
+    other = wav[others]
     level, other_level = (x.pow(2).mean(1, keepdim=True).sqrt() for x in (wav, other))
-    ratio = 10 ** (-(3 + 9 * draws[0]) / 20) * level / other_level.clamp_min(1e-8)
-    return wav + other * ratio * (draws[1] < probability)
+    return wav + other * (10 ** (decibels / 20) * level / other_level.clamp_min(1e-8))
 
 
 def _gain(wav: torch.Tensor, decibels: float) -> torch.Tensor: # (B, samples)
     "Return each clip louder or softer by up to `decibels`."
-    return wav * 10 ** (decibels * (2 * torch.rand(len(wav), 1, device=wav.device) - 1) / 20)
+    return wav * 10 ** (_gains(len(wav), decibels, wav.device) / 20)
 
 # %% ../nbs/14_batches.ipynb #04546899
-def _warp(
-    spec: torch.Tensor, # (B, chans, time, mel)
+def _places(
+    clips: int,
+    size: tuple[int, int], # (time, mel)
     time: float, # largest relative change of duration
     mel: float, # largest relative change of the distance between bands
     shift: float, # largest shift, in bands
-) -> torch.Tensor: # (B, chans, time, mel)
-    "Return each spectrogram stretched and shifted at random."
-    draws = 2 * torch.rand(5, len(spec), device=spec.device) - 1
-    time, mel = (torch.exp(draw * math.log1p(most)) for draw, most in zip(draws[:2], (time, mel), strict=True))
-    theta = spec.new_zeros(len(spec), 2, 3) # rows: bands, time; from -1 to 1 across the spectrogram
-    theta[:, 0, 0], theta[:, 0, 2] = mel, draws[2] * (1 - mel).abs() + draws[3] * 2 * shift / spec.shape[3]
-    theta[:, 1, 1], theta[:, 1, 2] = time, draws[4] * (1 - time).abs()
-    grid = nn.functional.affine_grid(theta, spec.shape, align_corners=False)
-    return nn.functional.grid_sample(spec, grid, padding_mode="border", align_corners=False)
+    device: torch.device,
+) -> list[torch.Tensor]: # (clips, time) places in frames, (clips, mel) places in bands
+    "Return the random places that the frames and bands of stretched spectrograms come from."
+    draws = 2 * torch.rand(5, clips, 1, device=device) - 1
+    scales = [torch.exp(draw * math.log1p(most)) for draw, most in zip(draws[:2], (time, mel), strict=True)]
+    free = [(1 - scale).abs() * n / 2 for scale, n in zip(scales, size, strict=True)]
+    moves = draws[4] * free[0], draws[2] * free[1] + draws[3] * shift
+    middles = [(torch.arange(n, device=device) - (n - 1) / 2, (n - 1) / 2) for n in size]
+    return [(scale * at + (move + middle)).clamp(0, 2 * middle)
+            for scale, move, (at, middle) in zip(scales, moves, middles, strict=True)]
+
+# %% ../nbs/14_batches.ipynb #14c0de32
+class _Frames(NamedTuple):
+    "Which frames the spectrograms of a batch consist of."
+
+    low: torch.Tensor # (B, time) number of a frame
+    high: torch.Tensor # (B, time) number of the next one
+    weight: torch.Tensor # (B, time, 1) share of the next one
+
+    @classmethod
+    def at(cls, places: torch.Tensor) -> "_Frames": # (B, time)
+        "Return the frames for fractional places."
+        low = places.long()
+        return cls(low, (low + 1).clamp_(max=places.shape[1] - 1), (places - low)[..., None])
+
+    def rolled(self, order: torch.Tensor) -> "_Frames": # (B, time) number of the frame at each place after a roll
+        "Return the frames for spectrograms that have not been rolled yet."
+        return self._replace(low=order.gather(1, self.low), high=order.gather(1, self.high))
+
+    def __call__(self, spec: torch.Tensor, rows: slice) -> torch.Tensor: # (b, chans, time, mel), which clips these are
+        "Return the spectrograms of some clips, interpolated linearly."
+        frames = spec.transpose(1, 2).flatten(2) # (b, time, chans · mel)
+        first = torch.arange(0, len(spec) * spec.shape[2], spec.shape[2], device=spec.device)[:, None]
+        low, high = (frames.flatten(0, 1).index_select(0, (numbers[rows] + first).flatten())
+                     for numbers in (self.low, self.high))
+        frames = low.lerp_(high, self.weight[rows].flatten(0, 1).to(spec.dtype)).view_as(frames)
+        return frames.unflatten(2, (-1, spec.shape[3])).transpose(1, 2)
+
+
+def _matrix(places: torch.Tensor) -> torch.Tensor: # (B, mel) → (B, mel, mel)
+    "Return matrices whose product with a spectrogram interpolates its bands at fractional places."
+    low, matrix = places.long()[:, None], places.new_zeros(len(places), places.shape[1], places.shape[1])
+    weight = places[:, None] - low
+    matrix.scatter_(1, low, 1 - weight)
+    return matrix.scatter_add_(1, (low + 1).clamp_(max=places.shape[1] - 1), weight)
 
 # %% ../nbs/14_batches.ipynb #a7d94e30
-def _filter(
-    spec: torch.Tensor, # (B, chans, time, mel)
+def _curves(
+    clips: int,
+    bands: int,
     deviation: float, # standard deviation of the six values
-) -> torch.Tensor: # (B, chans, time, mel)
-    "Return each spectrogram with its bands amplified and attenuated by a random curve."
-    heights = deviation * torch.randn(len(spec), 1, 6, device=spec.device)
-    curve = nn.functional.interpolate(heights, size=spec.shape[3], mode="linear", align_corners=True)
-    return spec + curve[:, :, None]
+    device: torch.device,
+) -> torch.Tensor: # (clips, bands)
+    "Return for each clip a random curve that amplifies and attenuates its bands."
+    heights = deviation * torch.randn(clips, 1, 6, device=device)
+    return nn.functional.interpolate(heights, size=bands, mode="linear", align_corners=True)[:, 0]
 
 # %% ../nbs/14_batches.ipynb #1039db06
-def _blank(
-    spec: torch.Tensor, # (B, chans, time, mel)
-    widest: int, # largest number of frames or bands
-    dim: int, # 2 for time, 3 for mel
-) -> torch.Tensor: # (B, chans, time, mel)
-    "Return each spectrogram with a random range along `dim`, of up to `widest`, set to the clip's mean."
-    size, shape = spec.shape[dim], [len(spec), 1, 1, 1]
-    draws = torch.rand(2, *shape, device=spec.device)
+def _gaps(
+    clips: int,
+    size: int, # number of frames or bands
+    widest: int, # largest number of masked frames or bands
+    device: torch.device,
+) -> torch.Tensor: # (clips, size) 1 or 0
+    "Return for each clip which frames or bands are masked: a random range of up to `widest`."
+    draws = torch.rand(2, clips, 1, device=device)
     width = (draws[0] * (widest + 1)).floor()
     first = (draws[1] * (size - width + 1)).floor()
-    at = torch.arange(size, device=spec.device).view([-1 if d == dim else 1 for d in range(4)])
-    return torch.where((at >= first) & (at < first + width), spec.mean((1, 2, 3), keepdim=True), spec)
+    at = torch.arange(size, device=device)
+    return ((at >= first) & (at < first + width)).float()
+
+# %% ../nbs/14_batches.ipynb #14c0de08
+class _Change(NamedTuple):
+    "The changes to the spectrograms of a batch; None is no change."
+
+    curve: torch.Tensor | None = None # (B, 1, 1, mel) added to each frame
+    frames: _Frames | None = None # frames of the result
+    bands: torch.Tensor | None = None # (B, 1, mel, mel) weights of the bands of the result
+    gaps: tuple[torch.Tensor, ...] = () # masks, each (B, 1, time, 1) or (B, 1, 1, mel); 1 is masked
+
+    def __bool__(self):
+        return any(change is not None for change in self[:3]) or bool(self.gaps)
+
+    def __call__(
+        self,
+        spec: torch.Tensor, # (b, chans, time, mel) of some clips of the batch
+        rows: slice, # which clips these are
+    ) -> torch.Tensor: # (b, chans, time, mel)
+        "Return some spectrograms of the batch, changed; their memory is used again."
+        if self.curve is not None:
+            spec.add_(self.curve[rows])
+        if self.frames is not None:
+            spec = self.frames(spec, rows)
+        if self.bands is not None:
+            spec = spec @ self.bands[rows]
+        for gap in self.gaps:
+            mean, gap = spec.mean((1, 2, 3), keepdim=True), gap[rows]
+            spec.mul_(1 - gap).add_(mean * gap)
+        return spec
+
+# %% ../nbs/14_batches.ipynb #14c0de09
+def _draw_change(
+    cfg: Config,
+    clips: int,
+    size: tuple[int, int], # (time, mel)
+    device: torch.device,
+) -> _Change:
+    "Return the changes that `cfg` asks for; what is off draws no random numbers."
+    change, most = _Change(), (cfg.stretch_time, cfg.stretch_mel, cfg.shift_mel)
+    if cfg.spec_filter:
+        change = change._replace(curve=_curves(clips, size[1], cfg.spec_filter, device)[:, None, None])
+    if any(most):
+        times, bands = _places(clips, size, *most, device)
+        change = change._replace(frames=_Frames.at(times), bands=_matrix(bands)[:, None])
+    if cfg.spec_time_mask:
+        change = change._replace(gaps=(_gaps(clips, size[0], cfg.spec_time_mask, device)[:, None, :, None],))
+    if cfg.spec_freq_mask:
+        gap = _gaps(clips, size[1], cfg.spec_freq_mask, device)[:, None, None]
+        change = change._replace(gaps=(*change.gaps, gap))
+    return change
+
+
+def _depths(cfg: Config, clips: int, device: torch.device) -> torch.Tensor | None: # (clips,)
+    "Return a random `top_db` for each clip, or None if it does not vary."
+    if not cfg.top_db_jitter:
+        return None
+    return cfg.top_db + cfg.top_db_jitter * (2 * torch.rand(clips, device=device) - 1)
 
 # %% ../nbs/14_batches.ipynb #b8de2af3
 class Augment(nn.Module):
@@ -326,23 +464,143 @@ class Augment(nn.Module):
 
     def spec(self, spec: torch.Tensor) -> torch.Tensor: # (B, chans, time, mel) → (B, chans, time, mel)
         "Return the spectrograms after filtering, stretching and SpecAugment."
-        cfg = self.cfg
-        if self.training and cfg.spec_filter:
-            spec = _filter(spec, cfg.spec_filter)
-        if self.training and (cfg.stretch_time or cfg.stretch_mel or cfg.shift_mel):
-            spec = _warp(spec, cfg.stretch_time, cfg.stretch_mel, cfg.shift_mel)
-        for dim, widest in ((2, cfg.spec_time_mask), (3, cfg.spec_freq_mask)):
-            if self.training and widest:
-                spec = _blank(spec, widest, dim)
-        return spec
+        change = _draw_change(self.cfg, len(spec), spec.shape[2:], spec.device) if self.training else _Change()
+        with torch.autocast(spec.device.type, enabled=False):
+            blocks = in_blocks(len(spec), spec.device)
+            return torch.cat([change(spec[rows].clone(), rows) for rows in blocks]) if change else spec
 
-    def forward(self, wav: torch.Tensor) -> torch.Tensor: # (B, samples) → (B, 1, time, mel)
-        "Return the spectrograms of the waveforms, augmented before and after the front end."
+    def logmel(self, logmel: torch.Tensor) -> torch.Tensor: # (B, time, mel) → (B, 1, time, mel)
+        "Return the standardized spectrograms of log spectra, with all augmentations."
+        cfg, clips, device = self.cfg, len(logmel), logmel.device
+        mixer = _LogMixer(cfg, logmel, self.frontend)
+        top_db = _depths(cfg, clips, device)
+        change = mixer.roll(_draw_change(cfg, clips, logmel.shape[1:], device))
+        out = torch.empty(clips, 1, *logmel.shape[1:], device=device)
+        with torch.autocast(device.type, enabled=False):
+            for rows in in_blocks(clips, device):
+                spec = self.frontend.standardize(mixer(rows), None if top_db is None else top_db[rows])
+                out[rows] = change(spec, rows)
+        return out
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor: # (B, samples), or logmel (B, time, mel) → (B, 1, time, mel)
+        "Return the spectrograms of waveforms, augmented before and after the front end, or of log spectra."
         if self.frontend is None:
             raise ValueError("Augment must have a front end to make spectrograms, got none; use Augment(cfg, "
                              "build_frontend(cfg))")
-        wav, jitter = self.wav(wav), self.cfg.top_db_jitter
-        if self.training and jitter:
-            top_db = self.cfg.top_db + jitter * (2 * torch.rand(len(wav), device=wav.device) - 1)
-            return self.spec(self.frontend(wav, top_db=top_db))
-        return self.spec(self.frontend(wav))
+        if self.training and clips.dim() == 3:
+            return self.logmel(clips)
+        wav = self.wav(clips)
+        top_db = _depths(self.cfg, len(wav), wav.device) if self.training else None
+        return self.spec(self.frontend(wav, top_db=top_db))
+
+# %% ../nbs/14_batches.ipynb #14c0de13
+class _Shelf:
+    "Keeps arrays by number: in memory up to a budget, above it in a temporary file that disappears with the process."
+
+    def __init__(self, budget: int): # bytes
+        self.room, self.kept, self.file = budget, {}, None
+
+    def put(self, number: int, array: np.ndarray): # float16
+        "Keep an array; raise `OutputError` if the disk is full."
+        self.room -= array.nbytes
+        if self.room >= 0:
+            self.kept[number] = array
+            return
+        try:
+            self.file = self.file or tempfile.TemporaryFile(prefix="audiomaepp-")
+            begin = self.file.seek(0, os.SEEK_END)
+            self.file.write(array.tobytes())
+            self.file.flush()
+        except OSError as error:
+            raise OutputError(f"{tempfile.gettempdir()} must have room for the spectrograms of the recordings, got "
+                              f"{error.strerror or error}; set TMPDIR to a folder on a larger disk, or use "
+                              "cache_features=False") from error
+        self.kept[number] = begin, array.shape
+
+    def get(self, number: int) -> np.ndarray | None: # None if it is not kept
+        "Return a kept array."
+        kept = self.kept.get(number)
+        if isinstance(kept, tuple):
+            begin, shape = kept
+            return np.memmap(self.file, np.float16, "c", begin, shape)
+        return kept
+
+# %% ../nbs/14_batches.ipynb #14c0de16
+class _LogMels:
+    "Cuts clips out of log spectra; computes the spectrum of a recording when it is first needed, and keeps it."
+
+    name = "logmel" # of the clips in a batch
+
+    def __init__(self, recordings: Recordings, cfg: Config):
+        self.recordings, self.frontend, self.shelf = recordings, build_frontend(cfg), _Shelf(KEEP)
+        self.empty = torch.zeros(0, *cfg.img_size, dtype=torch.float16)
+
+    def __call__(
+        self,
+        row: int, # number of the recording
+        where: float, # place of the clip in a longer recording, from 0 to 1
+        offset: float, # place of a shorter recording in the clip
+    ) -> torch.Tensor: # (frames, n_mels) float16
+        "Return one clip; raise `AudioError` if the recording cannot be read."
+        spec = self.shelf.get(row)
+        if spec is None:
+            spec = log_recording(self.frontend, self.recordings.wav(row)).half().numpy()
+            self.shelf.put(row, spec)
+        return log_clip(self.frontend, torch.from_numpy(spec), where, offset)
+
+# %% ../nbs/14_batches.ipynb #14c0de19
+class _LogMixer:
+    "Mixes and amplifies log spectra, some clips of a batch at a time, and rolls them together with other changes."
+
+    def __init__(self, cfg: Config, logmel: torch.Tensor, frontend: FrontEnd): # (B, frames, mel) log spectra
+        clips, device, self.fits = len(logmel), logmel.device, frames_of_clip(frontend)
+        self.logmel, self.padding, self.at = logmel, frontend.padding, torch.arange(logmel.shape[1], device=device)
+        firsts = (_rolls(clips, self.fits) if cfg.roll else torch.zeros(clips, dtype=torch.int64)).to(device)
+        self.order = self._turned(firsts) if cfg.roll else None
+        self.ratio = self.gain = None
+        if cfg.mix and clips > 1:
+            others, decibels = _mixing(clips, cfg.mix, device)
+            self.ratio = 10 ** (decibels[..., None] / 10)
+            self.others = self._turned(firsts[others] - firsts) + others[:, None] * len(self.at) # rows of all clips
+        if cfg.gain_db:
+            self.gain = 10 ** (_gains(clips, cfg.gain_db, device)[..., None] / 10)
+
+    def _turned(self, firsts: torch.Tensor) -> torch.Tensor: # (B,) → (B, frames); padding stays at the end
+        return torch.where(self.at < self.fits, (self.at + firsts[:, None]) % self.fits, self.at)
+
+    def __call__(self, rows: slice) -> torch.Tensor: # (b, frames, mel) float32
+        "Return the log spectra of some clips, mixed and amplified, but not rolled."
+        logmel = self.logmel[rows].to(torch.float32, copy=True)
+        if self.ratio is None and self.gain is None:
+            return logmel
+        power, there = self._power(logmel)
+        total = torch.ones_like(power[:, :1, :1]) # how often ε is in the power
+        if self.ratio is not None:
+            mixed = self.ratio[rows].flatten().nonzero().flatten()
+            other = self.logmel.flatten(0, 1).index_select(0, self.others[rows][mixed].flatten())
+            other, there_too = self._power(other.float().unflatten(0, (-1, len(self.at))))
+            level, other_level = (x.flatten(1).mean(1).sub_(EPS).clamp_(min=EPS) for x in (power, other))
+            ratio = self.ratio[rows][mixed] * (level[mixed] / other_level)[:, None, None]
+            power.index_add_(0, mixed, other.mul_(ratio))
+            total.index_add_(0, mixed, ratio)
+            if there is not None:
+                there[mixed] |= there_too
+        if self.gain is not None:
+            power.mul_(self.gain[rows])
+            total.mul_(self.gain[rows])
+        logmel = power.add_(EPS * (1 - total)).clamp_(min=EPS).log_()
+        return logmel if there is None else torch.where(there, logmel, self.padding)
+
+    def _power(self, logmel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: # changed in place
+        "Return the power with ε, and which frames (b, frames, 1) there are; None if padding is silence."
+        if self.padding < 0:
+            return logmel.exp_(), None
+        there = (logmel[..., :1] != self.padding) | (logmel[..., -1:] != self.padding)
+        return torch.where(there, logmel.exp_(), EPS), there
+
+    def roll(self, change: _Change) -> _Change:
+        "Return the change, with a roll before it."
+        if self.order is None:
+            return change
+        frames = change.frames or _Frames.at(self.at.float().expand(len(self.order), -1))
+        return change._replace(frames=frames.rolled(self.order))

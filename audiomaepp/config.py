@@ -319,6 +319,7 @@ class _FrontEnd(_Image):
 @dataclass(frozen=True, kw_only=True)
 class _Augmentation(_FrontEnd):
     "Augmentation in training"
+    cache_features: bool = False # compute the log-mel of each recording once and augment it; False augments waveforms
     random_crop: bool = True # train on a window at a random place of the clip; False takes its beginning
     roll: bool = False # shift a clip circularly in time by a random amount
     stretch_time: float = 0.0 # largest random change of a spectrogram's speed, as a fraction

@@ -166,8 +166,8 @@ def _has_bf16(device: torch.device) -> bool:
 
 # %% ../nbs/04_train.ipynb #a1000018
 def _spectrograms(
-    batch: dict, # batch with "spec", or with "wav" for the transform
-    transform: Callable[[Tensor], Tensor] | None, # "wav" (B, S) → spectrograms
+    batch: dict, # batch with "spec", or with "wav" or "logmel" for the transform
+    transform: Callable[[Tensor], Tensor] | None, # "wav" (B, S) or "logmel" (B, time, mel) → spectrograms
     device: torch.device, # device of the result
 ) -> Tensor: # (B, C, time, mel)
     "Return the spectrograms of a batch."
@@ -177,7 +177,7 @@ def _spectrograms(
         raise ValueError(f'a batch must have the key "spec" if the trainer has no transform, got {sorted(batch)}; '
                          'use Trainer(cfg, transform=build_frontend(cfg)) to make spectrograms of "wav"')  # fmt: skip
     with torch.no_grad():
-        return transform(batch["wav"].to(device, non_blocking=True))
+        return transform(batch["logmel" if "logmel" in batch else "wav"].to(device, non_blocking=True))
 
 
 def _labels(batch: dict, processes: _Processes) -> Tensor | None: # (B,) on the device
@@ -221,7 +221,7 @@ class _Engine:
         batches: list[dict], # batches whose gradients are averaged
         step: int, # number of steps before this one
         lr: float, # learning rate; a parameter group may scale it by its `lr_scale`
-        transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrograms (B, C, time, mel)
+        transform: Callable[[Tensor], Tensor] | None = None, # "wav" or "logmel" → spectrograms (B, C, time, mel)
     ) -> _Update:
         "Update the weights once; do not change them if the loss or the gradients are not finite."
         self.processes.seed(self.cfg.seed, step)
@@ -925,7 +925,7 @@ class Trainer:
         cfg: Config, # every setting
         model: nn.Module | None = None, # a `Trainable`; `AudioMAEPlusPlus` with weights from cfg.seed if None
         out_dir: str | os.PathLike | None = None, # folder of the run; None: nothing is written
-        transform: Callable[[Tensor], Tensor] | None = None, # "wav" (B, S) → spectrograms (B, C, time, mel)
+        transform: Callable[[Tensor], Tensor] | None = None, # "wav" or "logmel" → spectrograms (B, C, time, mel)
         callback: Callable[[dict], None] | None = None, # function that gets each row of the history
         quiet: bool = False, # whether progress is hidden
         save_minutes: float = 5.0, # longest time between two checkpoints
@@ -956,7 +956,7 @@ class Trainer:
 
     def fit(
         self,
-        train: Iterable, # training set with a length; batches {"wav" or "spec", "label"}
+        train: Iterable, # training set with a length; batches {"wav", "logmel" or "spec", "label"}
         evaluate: Callable[[nn.Module], dict] | None = None, # model → scores of clips that it is not trained on
         best_by: str | None = "knn", # score whose maximum chooses the weights ("-error": minimum); None: the last
     ) -> History:
