@@ -401,18 +401,20 @@ class _Change(NamedTuple):
         self,
         spec: torch.Tensor, # (b, chans, time, mel) of some clips of the batch
         rows: slice, # which clips these are
-    ) -> torch.Tensor: # (b, chans, time, mel)
-        "Return some spectrograms of the batch, changed; their memory is used again."
+        out: torch.Tensor, # (b, chans, time, mel) where the result is written
+    ):
+        "Write some changed spectrograms of the batch to `out`, and use the memory of `spec` again."
         if self.curve is not None:
             spec.add_(self.curve[rows])
         if self.frames is not None:
             spec = self.frames(spec, rows)
         if self.bands is not None:
-            spec = spec @ self.bands[rows]
+            torch.matmul(spec, self.bands[rows], out=out)
+        else:
+            out.copy_(spec)
         for gap in self.gaps:
-            mean, gap = spec.mean((1, 2, 3), keepdim=True), gap[rows]
-            spec.mul_(1 - gap).add_(mean * gap)
-        return spec
+            mean, gap = out.mean((1, 2, 3), keepdim=True), gap[rows]
+            out.mul_(1 - gap).add_(mean * gap)
 
 # %% ../nbs/14_batches.ipynb #14c0de09
 def _draw_change(
@@ -465,9 +467,13 @@ class Augment(nn.Module):
     def spec(self, spec: torch.Tensor) -> torch.Tensor: # (B, chans, time, mel) → (B, chans, time, mel)
         "Return the spectrograms after filtering, stretching and SpecAugment."
         change = _draw_change(self.cfg, len(spec), spec.shape[2:], spec.device) if self.training else _Change()
+        if not change:
+            return spec
+        out = torch.empty_like(spec)
         with torch.autocast(spec.device.type, enabled=False):
-            blocks = in_blocks(len(spec), spec.device)
-            return torch.cat([change(spec[rows].clone(), rows) for rows in blocks]) if change else spec
+            for rows in in_blocks(len(spec), spec.device):
+                change(spec[rows].clone(), rows, out[rows])
+        return out
 
     def logmel(self, logmel: torch.Tensor) -> torch.Tensor: # (B, time, mel) → (B, 1, time, mel)
         "Return the standardized spectrograms of log spectra, with all augmentations."
@@ -479,7 +485,7 @@ class Augment(nn.Module):
         with torch.autocast(device.type, enabled=False):
             for rows in in_blocks(clips, device):
                 spec = self.frontend.standardize(mixer(rows), None if top_db is None else top_db[rows])
-                out[rows] = change(spec, rows)
+                change(spec, rows, out[rows])
         return out
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor: # (B, samples), or logmel (B, time, mel) → (B, 1, time, mel)
