@@ -13,8 +13,10 @@ import audiomaepp.batches as batches
 from audiomaepp.batches import Augment, ClipLoader, UnreadableError
 from audiomaepp.config import PRESETS, Config
 from audiomaepp.data import Recordings, drop_unreadable, open_recordings
+from audiomaepp.embed import fingerprint
 from audiomaepp.features import build_frontend, frames_of_clip, log_clip, log_recording
 from audiomaepp.files import OutputError
+from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer
 
@@ -338,6 +340,14 @@ def test_a_run_resumes_bit_for_bit(folder, tmp_path_factory, monkeypatch, budget
     torch.set_num_threads(threads)
     for (name, value), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(value, other), name
+
+
+def test_tables_of_embeddings_are_not_stale_because_of_the_setting():
+    torch.manual_seed(0)
+    model = AudioMAEPlusPlus(config())
+    before = fingerprint(model)
+    model.cfg = model.cfg.replace(**CACHED)
+    assert fingerprint(model) == before
 
 
 def test_the_cache_is_off_by_default_and_no_preset_has_it():
