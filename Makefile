@@ -31,7 +31,7 @@ docs: $(STAMP) ## the site, from the notebooks, in _site/ (no Quarto needed)
 readme: $(STAMP) ## README.md from nbs/index.ipynb
 	@$(PY) docs/build.py readme
 
-bench: $(STAMP) ## speed of training and embedding on this machine
+bench: $(STAMP) ## speed beside peers and the machine's limit (ARGS="--out runs/speed"; --quick for a few minutes)
 	@$(PY) benchmarks/speed.py $(ARGS)
 
 quality: $(STAMP) ## held-out quality of the presets, fold by fold (ARGS="--data folder …"); up to an hour

@@ -1,18 +1,19 @@
 """Speed beside peers: training steps, embedding, front ends, folders; each against the measured limit of the machine.
 
-    make bench                                  a table; about half an hour on two cores
-    make bench ARGS="--quick"                   about two minutes, small models only
+    make bench                                  a table; about half an hour on two idle cores
+    make bench ARGS="--quick"                   a few minutes, small models only
     make bench ARGS="--only 'train tiny' --out runs/speed"
 
 All figures are medians over rounds in one process. A round runs every part of a row once, in turn (the matrix product,
 ours, each peer), so that other work on the machine slows all parts alike. The limit of a row is its counted operations
 divided by the rate of a large square matrix product in the same precision; the share of the limit is that time divided
-by the measured one. It can be above 1: products that fit into the cache are faster. "products" is the time of a
-step's own matrix products, run alone. A peer must give the same numbers as ours before it is timed.
+by the measured one. It can be above 1: products that fit into the cache are faster, in bf16 on a CPU several times.
+"products" is the time of a step's own matrix products, run alone: what is left if all else were free. A peer must give
+the same numbers as ours before it is timed.
 
 Peers: the released AudioMAE++ (--peer-path FOLDER, a checkout of github.com/SarthakYadav/audiomae-plusplus-official;
 needs timm, einops and rotary-embedding-torch), Hugging Face's ViTMAE (transformers 5) and timm where they are
-installed, torchaudio, and a plain reference, the released mathematics written out in this file.
+installed, torchaudio, and a plain reference, the released mathematics written out in speed_peers.py.
 """
 
 import argparse
@@ -130,13 +131,13 @@ def child(args, folder):
 
 def memory_of(row, args):
     """{part: MB}, each from a fresh process."""
-    own = [a for a in args.argv if a != "--compile"]
-    found = {}
-    for name in row.parts:
-        if "compiled" not in name:
-            run = subprocess.run([sys.executable, __file__, *own, "--child", row.name, name], text=True, check=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-            found[name] = round(json.loads(run.stdout.splitlines()[-1]), 1)
+    own, found = [a for a in args.argv if a != "--compile"], {}
+    for name in (n for n in row.parts if "compiled" not in n):
+        command = [sys.executable, __file__, *own, "--child", row.name, name]
+        run = subprocess.run(command, text=True, capture_output=True)
+        if run.returncode:
+            raise RuntimeError(f"the process that measures the memory of {row.name}, {name} failed:\n{run.stderr}")
+        found[name] = round(json.loads(run.stdout.splitlines()[-1]), 1)
     return found
 
 

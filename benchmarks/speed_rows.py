@@ -38,8 +38,8 @@ def synchronize(device):
 class Part(NamedTuple):
     """One of the things that a row compares."""
 
-    run: Callable[[], Any]  # the work; may return its own seconds, else it is timed
-    clips: int = 1  # clips, files or tokens that a call handles
+    run: Callable[[], Any]  # the work
+    clips: int = 1  # clips or files that a call handles
     stages: dict | None = None  # seconds of the stages of the last call
     outside: bool = False  # whether it runs in another process
 
@@ -210,7 +210,7 @@ def stage_part(preset, args):
         stages.clear()
         trainer.engine.step([batch], 0, cfg.lr, trainer.transform)
 
-    return Part(step, len(batch["wav"]), stages)
+    return Part(step, len(batch["label"]), stages)
 
 
 def write_wavs(folder, n, seconds=2):

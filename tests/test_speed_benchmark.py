@@ -112,3 +112,10 @@ def test_peak_memory_counts_what_was_freed_again():
     before = speed.memory_now()
     torch.ones(40, 2**20).sum()
     assert speed.memory_now(peak=True) - before > 100
+
+
+def test_a_part_alone_reports_its_peak_memory_to_its_parent():
+    args = speed.arguments(["--quick", "--device", "cpu"])
+    row = next(row for row in speed_rows.all_rows(args, None) if row.name == "log-mel")
+    memory = speed.memory_of(row, args)
+    assert memory.keys() == {"ours", "torchaudio"} and all(0 < mb < 1000 for mb in memory.values())
