@@ -205,7 +205,8 @@ def fingerprint(
 ) -> str: # 12 hexadecimal digits
     "Return a hash of the weights and the settings of a model."
     settings = model.cfg.to_dict()
-    unused, new = ("snapshots", "decode_ratio", "whiten", "cache_features"), ("embedding_layers", "add_statistics")
+    unused = "snapshots", "decode_ratio", "whiten", "cache_features", "fused_optimizer"
+    new = "embedding_layers", "add_statistics"
     for name in (*unused, *(name for name in new if not settings[name])):  # newer than many tables of embeddings
         settings.pop(name)
     digest = hashlib.sha256(repr(settings).encode())

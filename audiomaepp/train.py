@@ -212,7 +212,7 @@ class _Engine:
         torch.manual_seed(cfg.seed)
         model = (model or AudioMAEPlusPlus(cfg)).train()
         groups = getattr(model, "param_groups", partial(param_groups, model))(cfg.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=cfg.fused_optimizer or None)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(self.device))
 
@@ -565,8 +565,10 @@ def load_checkpoint(
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, p in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := tensors.get(f"{key}.{name}")) is not None:  # AdamW keeps its step count on the CPU
-                optimizer.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)  # frees the file
+            if (value := tensors.get(f"{key}.{name}")) is not None:
+                # AdamW counts its steps on the CPU unless it is fused
+                on_cpu = key == "step" and not optimizer.defaults.get("fused")
+                optimizer.state[p][key] = value.to("cpu" if on_cpu else p.device, copy=True)  # a copy frees the file
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
