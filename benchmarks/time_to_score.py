@@ -1,0 +1,216 @@
+"""Seconds of one core to a held-out score: the released recipe, earlier presets and today's, side by side.
+
+    python benchmarks/time_to_score.py --data ../shared/data/esc10 synthetic --before PATH --out runs/time_to_score
+
+A budget is a part of a recipe's epochs, with its own whole learning-rate schedule, so each point of a curve is the end
+of a training and not a moment of a longer one. Every fold (or speaker) is held out once; the last weights are scored
+with the recipe's own read-out, kNN-10 and linear probe. Seconds are processor time of one thread, from the first batch
+to the last step: scoring is left out, decoding and front end are not. A shared or busy machine changes them little.
+
+The recipes:
+    released   the settings of the released AudioMAE++ (mask ratio 0.8, no embedding losses, its front end and patches,
+               frame pooling) at the width, depth, batch size and learning rate of our presets
+    before     the presets of an earlier commit, run by its own code: --before takes a checkout of it
+    now        the presets of this commit
+
+Finished trainings in --out are skipped. The report says how many seconds each recipe needs for the best score that all
+of them reach, by linear interpolation between budgets, and the ratio; time_to_score.png shows the curves.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+BUDGETS = (0.125, 0.25, 0.5, 1.0)
+MODES = ("without labels", "with labels")
+RECIPES = ("released", "before", "now")
+
+
+# ---- one training, in a process of its own: it imports the package of the recipe's commit
+
+
+def released(cfg):
+    """The released recipe at the width of a preset."""
+    from audiomaepp.config import Config
+
+    plain = Config.preset("official_tiny").to_dict()
+    ours = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "epochs",
+            "warmup_epochs", "batch_size", "base_lr", "sample_rate", "f_max", "seed")
+    frames = cfg.num_frames * cfg.hop_length * 100 // cfg.sample_rate // 4 * 4  # hops of 10 ms, patches of 4 frames
+    window = dict(img_size=(frames, 80), hop_length=cfg.sample_rate // 100, win_length=cfg.sample_rate // 40)
+    return Config.from_dict(plain | {name: getattr(cfg, name) for name in ours} | window | dict(eval_every=0))
+
+
+def train_and_score(job):
+    """Train as one job says; return processor seconds and scores."""
+    import torch
+
+    torch.set_num_threads(1)
+    from quality import column_of, config_of, opened
+
+    import audiomaepp.data
+    from audiomaepp.data import drop_unreadable, split
+    from audiomaepp.embed import EmbeddingGenerator
+    from audiomaepp.evaluate import evaluate_embeddings
+    from audiomaepp.train import Trainer
+
+    if hasattr(audiomaepp.data, "ClipLoader"):  # earlier commits
+        from audiomaepp.audio import build_frontend
+        from audiomaepp.data import Augment, ClipLoader
+    else:
+        from audiomaepp.batches import Augment, ClipLoader
+        from audiomaepp.features import build_frontend
+
+    cfg = config_of(opened(job["data"]), job["mode"], job["budget"]).replace(seed=job["seed"], eval_every=0)
+    cfg = released(cfg) if job["recipe"] == "released" else cfg
+    recordings = opened(job["data"], cfg.sample_rate)
+    if isinstance(recordings, tuple):
+        train, test = recordings
+    else:
+        recordings = drop_unreadable(recordings, quiet=True)
+        train, test = split(recordings, **{column_of(recordings): job["part"]})[:2]
+    begin = time.process_time()
+    trainer = Trainer(cfg, transform=Augment(cfg, build_frontend(cfg)), quiet=True)
+    trainer.fit(ClipLoader(train, cfg))
+    seconds, model = time.process_time() - begin, trainer.model
+    if getattr(cfg, "whiten", False):
+        from audiomaepp.embed import whiten_model
+
+        whiten_model(model, train)
+    pooling = "frame" if job["recipe"] == "released" else None
+    x, z = (EmbeddingGenerator(model).embed_recordings(part, pooling)[0] for part in (train, test))
+    scores = evaluate_embeddings(x, train.labels, z, test.labels)
+    return {"seconds": seconds, "steps": trainer.history.rows[-1]["step"], **{k: scores[k] for k in ("knn", "linear", "n_test")}}
+
+
+# ---- all trainings, and the report
+
+
+def jobs_of(args):
+    """Every training, cheapest budgets first."""
+    from quality import opened, parts_of
+
+    return [dict(data=source, mode=mode, recipe=recipe, budget=budget, part=str(part), seed=seed)
+            for budget in sorted(args.budgets) for source in args.data for part in parts_of(opened(source))
+            for mode in args.modes for seed in args.seeds for recipe in args.recipes]
+
+
+def run(job, args):
+    """Run one job in a process of its own, unless its result is stored; return job and result."""
+    facts = {**job, "data": Path(job["data"]).name}
+    name = "-".join(str(value) for value in facts.values()).replace(" ", "-")
+    path = Path(args.out) / "runs" / f"{name}.json"
+    if not path.exists():
+        here = Path(__file__).resolve().parent
+        tree = Path(args.before).resolve() if job["recipe"] == "before" else here.parent
+        paths = os.pathsep.join([str(tree), str(tree / "benchmarks")])
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        made = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], env=env, text=True,
+                              stdout=subprocess.PIPE, check=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made.stdout.splitlines()[-1] + "\n")
+    return facts | json.loads(path.read_text())
+
+
+def curve(rows):
+    """[(seconds, knn, linear)] of one recipe: a point for each budget, means over parts and seeds."""
+    import numpy as np
+
+    points = []
+    for budget in sorted({row["budget"] for row in rows}):
+        some = [row for row in rows if row["budget"] == budget]
+        weights = [row["n_test"] for row in some]
+        points.append((float(np.mean([row["seconds"] for row in some])),
+                       *(float(np.average([row[k] for row in some], weights=weights)) for k in ("knn", "linear"))))
+    return points
+
+
+def seconds_to(points, score, column):
+    """Seconds at which a curve first reaches a score, by linear interpolation; None if it does not."""
+    before = None
+    for point in points:
+        if point[column] >= score:
+            if before is None:
+                return point[0]
+            share = (score - before[column]) / (point[column] - before[column])
+            return before[0] + share * (point[0] - before[0])
+        before = point
+    return None
+
+
+def compare(curves):
+    """{column: the highest score that all recipes reach, seconds of each, ratio to the last recipe}."""
+    found = {}
+    for column, name in ((1, "knn"), (2, "linear")):
+        score = min(max(point[column] for point in points) for points in curves.values())
+        seconds = {recipe: seconds_to(points, score, column) for recipe, points in curves.items()}
+        last = seconds[list(curves)[-1]]
+        found[name] = dict(score=score, seconds=seconds, ratio={r: s / last for r, s in seconds.items()})
+    return found
+
+
+def draw(report, path):
+    """Write the curves as a picture."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("Agg")
+    fig, axes = plt.subplots(len(report), 2, figsize=(8, 2.6 * len(report)), layout="constrained", squeeze=False)
+    for row, (title, part) in zip(axes, report.items(), strict=True):
+        for ax, (column, name) in zip(row, ((1, "kNN-10"), (2, "linear")), strict=True):
+            for recipe, points in part["curves"].items():
+                ax.plot([p[0] for p in points], [p[column] for p in points], "o-", label=recipe, markersize=4)
+            ax.set(xscale="log", xlabel="seconds of one core", ylabel=f"{name}, held out")
+            ax.set_title(title, fontsize=9)
+            ax.grid(alpha=0.3)
+        row[0].legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def show(title, part):
+    """Print one table."""
+    print(f"\n{title}\n{'':10}" + "".join(f"{f'{b:g} of the epochs':>24}" for b in part["budgets"]))
+    for recipe, points in part["curves"].items():
+        print(f"{recipe:10}" + "".join(f"{f'{s:.0f} s {k:.3f} / {li:.3f}':>24}" for s, k, li in points))
+    for name, found in part["equal"].items():
+        times = ", ".join(f"{r} {s:.0f} s ({found['ratio'][r]:.2f}x)" for r, s in found["seconds"].items())
+        print(f"to {name} {found['score']:.3f}: {times}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", default=["synthetic"], help="sources that quality.py takes")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="the last one is the base")
+    parser.add_argument("--before", help="checkout of the commit whose presets are compared")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", default="runs/time_to_score")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        sys.path.pop(0)  # this folder: quality.py comes from the tree of the recipe
+        print(json.dumps(train_and_score(json.loads(args.job))))
+        return
+    if "before" in args.recipes and not args.before:
+        parser.error("--before must name a checkout of an earlier commit (git worktree add PATH COMMIT), got none; "
+                     "use it, or --recipes released now")
+    from tqdm import tqdm
+
+    rows = [run(job, args) for job in tqdm(jobs_of(args), unit="run")]
+    report = {}
+    for data, mode in dict.fromkeys((row["data"], row["mode"]) for row in rows):
+        part = [row for row in rows if (row["data"], row["mode"]) == (data, mode)]
+        curves = {recipe: curve([row for row in part if row["recipe"] == recipe]) for recipe in args.recipes}
+        report[f"{data}, {mode}"] = dict(budgets=sorted(args.budgets), curves=curves, equal=compare(curves))
+        show(f"{data}, {mode}", report[f"{data}, {mode}"])
+    (Path(args.out) / "time_to_score.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, Path(args.out) / "time_to_score.png")
+
+
+if __name__ == "__main__":
+    main()
