@@ -265,9 +265,10 @@ class Embed(Command):
     model: tyro.conf.Positional[str] # folder of a run or of save_pretrained, or a repository of the Hub
     data: str # folder or table of sounds
     out: str = "embeddings.parquet" # Parquet file: path, label, …, embedding
-    pooling_mode: str | None = None # cls, mean, cls+mean or frame; the model's own by default
+    pooling_mode: str | None = None # cls, mean, cls+mean, frame or frame+std; the model's own by default
     windows: bool = False # a row for each window of a recording, not one for the whole
     hop_seconds: float | None = None # from one window to the next; a whole window by default
+    precision: Literal["fp32", "bf16"] = "fp32" # bf16 is faster on recent hardware; vectors keep about three digits
     workers: int | None = None # threads that decode; one for each core by default
     overwrite: bool = False # embed everything again, also what the file holds already
 
@@ -282,7 +283,7 @@ class Embed(Command):
         path = Path(self.out).with_suffix(".skipped.csv")
         how = dict(windows=self.windows, workers=self.workers, overwrite=self.overwrite)
         check_table(path, ("path", "reason"))
-        generator = EmbeddingGenerator(self.model, self.device, hop_seconds=self.hop_seconds)
+        generator = EmbeddingGenerator(self.model, self.device, hop_seconds=self.hop_seconds, precision=self.precision)
         try:
             table = generator.embed_folder(self.data, self.out, self.pooling_mode, self.quiet, **how)
         except NoRecordings as error:
@@ -511,7 +512,7 @@ class Lab(Command):
     axis: tyro.conf.UseAppendAction[tuple[str, ...]] = () # setting and values: mask_ratio=0.5,0.75; may be repeated
     losses: bool = False # the four loss settings at each point of the axes; alone, without any axis
     seeds: tuple[int, ...] = () # train each setting once with each of these; --seed by default
-    pooling: tuple[str, ...] = () # embed each model in several ways: mean cls cls+mean frame
+    pooling: tuple[str, ...] = () # embed each model in several ways: mean cls cls+mean frame frame+std
     preset: str = "nano" # settings to start from; --preset without a name lists them all
     out: str = "" # folder; runs/lab- and a name made from the data and the settings by default
     color: str = "label" # column that colors maps.png: label, fold, speaker, pitch, …

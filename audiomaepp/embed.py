@@ -6,6 +6,7 @@
 __all__ = ['EmbeddingGenerator']
 
 # %% ../nbs/20_embed.ipynb #9feb3ac4
+import copy
 import hashlib
 import os
 from collections import deque
@@ -161,20 +162,26 @@ class WindowEncoder:
         self,
         model: AudioMAEPlusPlus,
         device: str | torch.device | None = None, # default: a GPU if there is one
+        precision: str = "fp32", # "fp32", or "bf16" to compute with a copy of the encoder in bfloat16
     ):
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}; use 'fp32', the default")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.cfg = model.to(self.device), model.cfg
+        self.model, self.cfg, self.precision = model.to(self.device), model.cfg, precision
+        self.used = self.model if precision == "fp32" else copy.deepcopy(self.model)
+        if precision == "bf16":
+            self.used.encoder.bfloat16()
         self.frontend = build_frontend(self.cfg).to(self.device).eval()
 
     @contextmanager
     def evaluating(self) -> Iterator[AudioMAEPlusPlus]:
         "Yield the model in evaluation mode, without gradients."
-        was_training = self.model.training
+        was_training = self.used.training
         try:
             with torch.inference_mode():
-                yield self.model.eval()
+                yield self.used.eval()
         finally:
-            self.model.train(was_training)
+            self.used.train(was_training)
 
     def embed(
         self,
@@ -243,10 +250,11 @@ class EmbeddingStream:
         self,
         place: str = "", # folder or repository of the model
     ) -> dict[str, str]:
-        "Return the metadata of a table of embeddings: fingerprint and place of the model, pooling, rows and hop."
+        "Return the metadata of a table of embeddings: fingerprint and place of the model, and how it was used."
         model, rows = self.encoder.model, "windows" if self.windows else "recordings"
         pooling = self.pooling_mode or model.cfg.pooling_mode
-        return dict(model=fingerprint(model), pooling_mode=pooling, rows=rows, hop=str(self.hop), place=place)
+        how = dict(rows=rows, hop=str(self.hop), precision=self.encoder.precision)
+        return dict(model=fingerprint(model), pooling_mode=pooling, **how, place=place)
 
 # %% ../nbs/20_embed.ipynb #70db6002
 def frame_times(
@@ -473,12 +481,15 @@ class EmbeddingGenerator:
         device: str | torch.device | None = None, # default: a GPU if there is one
         batch_size: int = 32, # windows per batch
         hop_seconds: float | None = None, # seconds from one window to the next; default: a whole window, so no overlap
+        precision: str = "fp32", # "fp32", or "bf16": faster on recent hardware, three digits
     ):
         self.model, self.place = open_model(model_or_path)
-        self.encoder, self.cfg = WindowEncoder(self.model, device), self.model.cfg
+        self.encoder, self.cfg = WindowEncoder(self.model, device, precision), self.model.cfg
         self.device, self.batch_size, self.hop = self.encoder.device, batch_size, hop_samples(hop_seconds, self.cfg)
 
     def __repr__(self): return f"EmbeddingGenerator({_generator_line(self)})"
+
+    def _stream(self, *how) -> EmbeddingStream: return EmbeddingStream(self.encoder, self.hop, self.batch_size, *how)
 
     def extract_embedding(
         self,
@@ -487,9 +498,8 @@ class EmbeddingGenerator:
         pooling_mode: str | None = None, # one of `POOLING_MODES`; default: the config's
     ) -> np.ndarray: # (D,) for one recording, (n, D) for a list
         "Embed a recording, or each in a list; raise `AudioError` for a file that cannot be decoded."
-        clips = audio if (many := isinstance(audio, list | tuple)) else [audio]
-        stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode)
-        x, _ = embed_each(stream, (as_pieces(one, sample_rate, self.cfg.sample_rate) for one in clips))
+        clips, rate = audio if (many := isinstance(audio, list | tuple)) else [audio], self.cfg.sample_rate
+        x, _ = embed_each(self._stream(pooling_mode), (as_pieces(one, sample_rate, rate) for one in clips))
         return x if many else x[0]
 
     def extract_frames(
@@ -509,9 +519,8 @@ class EmbeddingGenerator:
     ) -> tuple[np.ndarray, np.ndarray, Skipped]: # (n, D) vectors; (n,) numbers of the recordings; skipped recordings
         "Embed the recordings that can be decoded."
         sounds, skipped = recordings.at_rate(self.cfg.sample_rate), Skipped()
-        stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode)
         decoded = decode_ahead(sounds, range(len(sounds)), quiet=quiet)
-        return *embed_each(stream, decoded, skipping(skipped, sounds)), skipped
+        return *embed_each(self._stream(pooling_mode), decoded, skipping(skipped, sounds)), skipped
 
     def embed_folder(
         self,
@@ -525,12 +534,11 @@ class EmbeddingGenerator:
         overwrite: bool = False, # whether to embed again what `out` holds already
     ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs`: skipped (path, reason), new (count)
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
-
         Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal."""
-        stream = EmbeddingStream(self.encoder, self.hop, self.batch_size, pooling_mode, windows)
         with only_writer(out, folder=False) if out is not None else nullcontext():
             sounds = open_recordings(folder, self.cfg.sample_rate)
-            return embed_table(stream, sounds, out, self.place, save_seconds, overwrite, workers=workers, quiet=quiet)
+            return embed_table(self._stream(pooling_mode, windows), sounds, out, self.place, save_seconds, overwrite,
+                               workers=workers, quiet=quiet)
 
 # %% ../nbs/20_embed.ipynb #20f00002
 def whiten_model(

@@ -298,6 +298,7 @@ class Encoder(nn.Module):
         elif angles is not None:
             angles = angles[None]  # (1, 1 + N, d / 2)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)  # (B, 1, D)
+        patches = patches.to(self.patch_embed.weight.dtype)
         x = torch.cat([cls, self.patch_embed(patches) + pos], dim=1)  # (B, 1 + visible, D)
         if key_padding_mask is not None:
             key_padding_mask = F.pad(key_padding_mask, (1, 0), value=False)  # CLS is never padding
@@ -557,6 +558,7 @@ def embed_shifted(
         ids = (~padding).any(dim=0).nonzero()[:, 0].expand(len(spec), -1)  # (B, n)
         padding, grid = padding.gather(1, ids), (ids.shape[1] // grid[1], grid[1])
     latent = model.encoder(patches, ids, padding, model.cfg.embedding_layers)  # (B, 1 + n, D)
+    latent = latent.float() if latent.dtype == torch.bfloat16 else latent  # the means need more digits
     return extract_embeddings(latent, mode, grid, key_padding_mask=padding)
 
 # %% ../nbs/02_model.ipynb #02b00001

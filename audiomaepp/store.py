@@ -132,7 +132,8 @@ def check_notes(
     if b"audiomaepp.model" not in kept:
         raise ValueError(f"{path} must be a table that audiomaepp wrote, got another file; use another output")
     for name, value in notes.items():
-        found = kept.get(f"audiomaepp.{name}".encode(), b"none").decode("utf-8", "replace")
+        missing = b"fp32" if name == "precision" else b"none"  # the only precision of earlier versions
+        found = kept.get(f"audiomaepp.{name}".encode(), missing).decode("utf-8", "replace")
         if name != "place" and found != value:
             raise ValueError(f"{path} must hold embeddings with {name} {value}, got {name} {found}; "
                              "use another output, or overwrite=True (--overwrite) to embed again from the start")

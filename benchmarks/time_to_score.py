@@ -84,7 +84,8 @@ def train_and_score(job):
     pooling = "frame" if job["recipe"] == "released" else None
     x, z = (EmbeddingGenerator(model).embed_recordings(part, pooling)[0] for part in (train, test))
     scores = evaluate_embeddings(x, train.labels, z, test.labels)
-    return {"seconds": seconds, "steps": trainer.history.rows[-1]["step"], **{k: scores[k] for k in ("knn", "linear", "n_test")}}
+    steps = trainer.history.rows[-1]["step"]
+    return {"seconds": seconds, "steps": steps, **{k: scores[k] for k in ("knn", "linear", "n_test")}}
 
 
 # ---- all trainings, and the report

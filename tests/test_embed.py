@@ -306,3 +306,14 @@ def test_in_a_pipeline_and_a_grid_search(tmp_path, model_folder):
     waves = [soundfile.read(path, dtype="float32")[0] for path in paths[:3]]
     by_array = AudioMAEEmbedder(model_folder, sample_rate=8000, device="cpu").fit_transform(waves)
     np.testing.assert_allclose(by_array, embedder.fit_transform(paths[:3]), atol=1e-5)
+
+
+def test_a_table_in_another_precision_is_not_continued(tmp_path):
+    model, sounds = AudioMAEPlusPlus(Config.preset("nano")).eval(), synthesize(n=1, seed=0, sample_rate=16000)
+    for first, then in (("fp32", "bf16"), ("bf16", "fp32")):
+        out = tmp_path / f"{first}.parquet"
+        EmbeddingGenerator(model, precision=first).embed_folder(sounds, out, quiet=True)
+        with pytest.raises(ValueError, match=f"precision {then}, got precision {first}"):
+            EmbeddingGenerator(model, precision=then).embed_folder(sounds, out, quiet=True)
+    a, b = (np.stack(pd.read_parquet(tmp_path / f"{name}.parquet")["embedding"]) for name in ("fp32", "bf16"))
+    assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
