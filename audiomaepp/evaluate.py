@@ -533,20 +533,19 @@ def make_report(
     train_y, # (n,) their labels, or None
     test_x, # (m, D) embeddings of held-out clips
     test_y, # (m,) their labels, or None
-    baseline: tuple | None = None, # (train, test) log-mel statistics of the same clips, or None
+    baselines: Mapping[str, tuple] | None = None, # name → (train, test) vectors of the same clips, see `make_baselines`
     protocol: str = "", # what was held out; default: the numbers of clips
     name: str = "this model", # name of the first row
     score: Callable[..., dict] = evaluate_embeddings, # function from the four arrays to the scores
 ) -> Report:
-    "Return a `Report` of the embeddings beside the baseline and chance."
+    "Return a `Report` of the embeddings beside the baselines and chance."
     scores = score(train_x, train_y, test_x, test_y)
     report = Report(protocol or f"held-out clips: {scores['n_train']} train / {scores['n_test']} test")
     report.add(name, scores)
-    if baseline is not None and "knn" in scores: # without labels there is no accuracy to compare with
-        of_baseline = score(baseline[0], train_y, baseline[1], test_y)
+    if "knn" not in scores: # without labels there is no accuracy to compare with
+        return report
+    for row, (one, other) in (baselines or {}).items():
+        found = score(one, train_y, other, test_y)
         # geometry of another feature space is no baseline: only the accuracies can be compared
-        shown = (*_ACCURACIES, "n_train", "n_test")
-        report.add("log-mel statistics", {c: of_baseline[c] for c in shown if c in of_baseline})
-    if "knn" in scores:
-        report.add("chance", dict.fromkeys(_ACCURACIES, chance(train_y, test_y)))
-    return report
+        report.add(row, {c: found[c] for c in (*_ACCURACIES, "n_train", "n_test") if c in found})
+    return report.add("chance", dict.fromkeys(_ACCURACIES, chance(train_y, test_y)))

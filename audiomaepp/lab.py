@@ -47,10 +47,9 @@ from audiomaepp.files import (
 )
 from .model import AudioMAEPlusPlus
 from .pooling import fit_whitening
-from .run import BASELINE_ROW, START
 from .store import write_parquet
 from .train import History, Trainer, collapse_warning, untrained
-from .validation import Validation, baseline_features
+from .validation import LOGMEL, STATISTICS, UNTRAINED, Validation, statistics_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +66,7 @@ class Comparison:
     held_out: "pd.DataFrame" # (m rows) held-out clips: path, label, metadata
     results: "list[Result]" # embeddings and scores of each training and pooling mode
     histories: dict[tuple[str, int], History] # losses and scores during training, by (setting, seed)
-    baselines: "list[Result]" # the same clips without training: log-mel statistics, the untrained network
+    baselines: "list[Result]" # the same clips without training: log-mel statistics, untrained network
     chance: float | None # accuracy of always guessing the most frequent class; None without labels
     skipped: Skipped # (path, reason) of each recording that could not be read
     failed: dict[tuple[str, int], str] # reason why a training has no results, by (setting, seed)
@@ -141,7 +140,7 @@ MEASURES = {
     "reconstruction": "reconstruction", "seconds": "seconds",
 }
 ACCURACIES = ("knn", "linear")
-BASELINE, UNTRAINED, CHANCE = BASELINE_ROW, START, "chance"
+BASELINE, CHANCE = LOGMEL, "chance"
 
 
 def scores_of(
@@ -266,7 +265,7 @@ def name_settings(
         form = '{"name": {"field": value}, …} or a list of such dicts of fields'
         raise ValueError(f"settings={settings!r} must hold the changed fields of each setting; use {form}")
     for name, fields in settings.items():
-        if name in (BASELINE, _OLD_BASELINE, UNTRAINED, CHANCE):
+        if name in (*STATISTICS, _OLD_BASELINE, UNTRAINED, CHANCE):
             raise ValueError(f"setting {name!r} has the name of another row of the table; use a different name")
         if "seed" in fields:
             raise ValueError(f"setting {name!r} must not change the seed; use seeds=(0, 1, 2) for all settings")
@@ -700,8 +699,8 @@ def _read_baselines(folder: str | os.PathLike, results: list[Result]) -> list[Re
     if not _is_finished(run_folder(folder, BASELINE, 0)):
         raise ValueError(f"{folder} has no results yet; continue it with compare_losses(…, out={str(folder)!r})")
     baselines = []
-    for name in (BASELINE, UNTRAINED):
-        if not _is_finished(at := run_folder(folder, name, 0)):  # version 0.1 had no untrained network
+    for name in (*STATISTICS, UNTRAINED):
+        if not _is_finished(at := run_folder(folder, name, 0)):  # an older folder, or too few clips
             continue
         found, *_ = _read_results(at)
         missing = [key for key in ACCURACIES if any(key in r.scores for r in results)
@@ -804,18 +803,20 @@ def score_baselines(
     parts: tuple[Recordings, Recordings], # training part, held-out part
     folder: Path, # folder of the comparison
 ):
-    "Create the folder and write the scores of log-mel statistics and of the first model before its training."
+    "Create the folder and write the scores of the statistics and of the first model before its training."
     train, test = parts
     labels = train.labels, test.labels
     known = all((y >= 0).any() for y in labels)
     facts = dict(chance=chance(*labels) if known else None, skipped=list(train.skipped))
     begin_folder(folder, experiment, test.table, facts)
-    if not _is_finished(at := run_folder(folder, BASELINE, 0)):
-        features = tuple(baseline_features(part.at_rate(16000), range(len(part))) for part in parts)
-        baseline = Result.of((BASELINE, "", 0), features, labels)
-        baseline.scores = {name: baseline.scores[name] for name in ACCURACIES if name in baseline.scores}
-        _write_results(at, [baseline], History())
     same = experiment.versions == _library_versions()  # a finished comparison of another version is only read
+    wanted = STATISTICS if same else (BASELINE,)
+    missing = [name for name in wanted if not _is_finished(run_folder(folder, name, 0))]
+    for name, vectors in statistics_of(*parts).items() if missing else ():
+        if name in missing:
+            baseline = Result.of((name, "", 0), vectors, labels)
+            baseline.scores = {score: baseline.scores[score] for score in ACCURACIES if score in baseline.scores}
+            _write_results(run_folder(folder, name, 0), [baseline], History())
     if same and not _is_finished(at := run_folder(folder, UNTRAINED, 0)):
         setting, seed = experiment.runs()[0]
         model = untrained(experiment.config(setting, seed))

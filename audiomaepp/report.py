@@ -35,6 +35,7 @@ from audiomaepp.lab import (
     results_of,
 )
 from .tables import html_table, paths_of, render, text_table
+from .validation import UNTRAINED, best_statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -430,10 +431,13 @@ class Maps(NamedTuple):
 
 
 def _usual_rows(comparison: Comparison) -> list[str]:
-    "Return a row for each setting and baseline: that of the pooling mode with which it is trained, or the first."
+    """Return a row for each setting, the best statistics, and the untrained network.
+
+    Of several pooling modes, the row is that of the mode with which the setting is trained, or the first."""
     experiment, rows = comparison.experiment, {}
+    shown = {best_statistics({r.setting: r.scores for r in comparison.baselines}), UNTRAINED}
     named = [(r.setting, r.pooling, experiment.row(r.setting, r.pooling)) for r in comparison.results]
-    named += [(r.setting, r.pooling, name) for name, r in baselines_of(comparison).items()]
+    named += [(r.setting, r.pooling, name) for name, r in baselines_of(comparison).items() if r.setting in shown]
     for setting, pooling, name in named:
         trained = setting if setting in experiment.settings else next(iter(experiment.settings))
         usual = experiment.config(trained, 0).pooling_mode
@@ -443,7 +447,7 @@ def _usual_rows(comparison: Comparison) -> list[str]:
 
 def make_maps(
     comparison: Comparison,
-    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and the baselines
+    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and two baselines
     seed: int | None = None, # seed of the training; None: the first
 ) -> Maps:
     "Return aligned maps of the held-out clips; the layouts are kept in the comparison."
@@ -478,7 +482,7 @@ def _values_of(
 def draw_maps(
     comparison: Comparison,
     color: str = "label", # column of the held-out table that colors the clips: label, pitch, speaker, fold, …
-    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and the baselines
+    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and two baselines
     seed: int | None = None, # seed of the training; None: the first
     columns: int | None = None, # maps in a row; None: two for four maps, otherwise up to three
 ) -> "Figure":
@@ -497,7 +501,7 @@ def draw_maps(
 def explore_settings(
     comparison: Comparison,
     color: str = "label", # column of the held-out table that colors the clips first
-    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and the baselines
+    settings: Sequence[str] | None = None, # rows of the table; None: a row for each setting, and two baselines
     seed: int | None = None, # seed of the training; None: the first
 ) -> "Explorer":
     "Return a map of the held-out clips with sound, on which a switch changes the setting."

@@ -190,15 +190,14 @@ def _renamed(history: "History") -> "History":
 # %% ../nbs/40_run.ipynb #bd6e0a8d
 @dataclass
 class Evaluation:
-    "Scores of a run and what they were computed from: embeddings and the features of the baseline."
+    "Scores of a run and what they were computed from: embeddings and the vectors of the baselines."
 
     report: "Report" # scores
     train: "Recordings" # training part, without recordings that could not be embedded
     test: "Recordings" # held-out part, without recordings that could not be embedded
     train_x: "np.ndarray" # (n, D) embeddings of the training part
     test_x: "np.ndarray" # (m, D) embeddings of the held-out part
-    train_baseline_x: "np.ndarray" # (n, 320) log-mel statistics of the training part
-    baseline_x: "np.ndarray" # (m, 320) log-mel statistics of the held-out part
+    baselines: "dict[str, tuple[np.ndarray, np.ndarray]]" # vectors of the training and the held-out part, by row
     protocol: str # sentence that says what was held out
 
 
@@ -208,12 +207,10 @@ def score_parts(
     quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the model; a GPU if there is one
 ) -> Evaluation:
-    "Embed both parts with a model, and score the held-out part beside the baseline and chance."
-    import numpy as np
-
+    "Embed both parts with a model, and score the held-out part beside the baselines and chance."
     from audiomaepp.embed import EmbeddingGenerator, whiten_model
     from audiomaepp.evaluate import make_report
-    from audiomaepp.validation import baseline_features
+    from audiomaepp.validation import make_baselines, statistics_of
 
     generator, (train, test, protocol) = EmbeddingGenerator(model, device), parts
     if generator.cfg.whiten and generator.model.whitening is None:  # its training has not finished yet
@@ -221,9 +218,12 @@ def score_parts(
     train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
     test_x, test_rows, _ = generator.embed_recordings(test, quiet=quiet)
     train, test = train.select(train_rows), test.select(test_rows)
-    baselines = [baseline_features(r.at_rate(16000), np.arange(len(r))) for r in (train, test)]
-    report = make_report(train_x, train.labels, test_x, test.labels, tuple(baselines), protocol)
-    return Evaluation(report, train, test, train_x, test_x, *baselines, protocol)
+    if all((part.labels >= 0).any() for part in (train, test)):
+        baselines = make_baselines(generator.cfg, train, test, quiet, generator.device)
+    else:  # a report without labels has no row for the untrained network
+        baselines = statistics_of(train, test)
+    report = make_report(train_x, train.labels, test_x, test.labels, baselines, protocol)
+    return Evaluation(report, train, test, train_x, test_x, baselines, protocol)
 
 # %% ../nbs/40_run.ipynb #272bc126
 def _epochs_done(run: Path) -> int: # 0 without a history
@@ -313,7 +313,7 @@ def embed_together(
     return dict(zip(models, np.split(x, len(models), axis=1), strict=True))
 
 # %% ../nbs/40_run.ipynb #40a00002
-START, MODEL, BASELINE_ROW = "untrained network", "this model", "log-mel statistics"
+MODEL = "this model" # name of a row
 MOST_ALIGNED = 10_000 # clips; aligned maps hold a number for each pair
 
 
@@ -339,17 +339,17 @@ def map_space(
 ) -> Space:
     "Embed the clips of a run in the settings of its map."
     import numpy as np
-    import torch
 
     from audiomaepp.evaluate import evaluate_embeddings
-    from audiomaepp.pooling import fit_whitening
-    from audiomaepp.train import read_snapshots, untrained
+    from audiomaepp.train import read_snapshots
+    from audiomaepp.validation import UNTRAINED, best_statistics, untrained_vectors, whitened
 
     def shown(train_x, test_x):
         return np.concatenate([train_x, test_x]) if everything else test_x
 
     train, test, rows = found.train, found.test, found.report.rows
-    vectors, numbers = {}, {name: _numbers(rows[name]) for name in (MODEL, BASELINE_ROW, "chance") if name in rows}
+    statistics = best_statistics(rows)
+    vectors, numbers = {}, {name: _numbers(rows[name]) for name in (MODEL, statistics, "chance") if name in rows}
     clips = _joined(train, test) if everything else test
     new, held_out = ~np.array(trained_on(run, test), dtype=bool), found.protocol
     if everything or not new.all():  # a copy of a training clip is not held out
@@ -358,18 +358,18 @@ def map_space(
         return Space(clips, held_out, {MODEL: shown(found.train_x, found.test_x)}, numbers, ())
     cfg = Config.load(Path(run) / "config.json")
     kept = read_snapshots(run, cfg) if cfg.snapshots else {}
-    models = {START: untrained(cfg)} | {f"epoch {epoch}": model for epoch, model in kept.items()}
-    both = [embed_together(models, part, quiet, device) for part in (train, test)]
+    models = {f"epoch {epoch}": model for epoch, model in kept.items()}
+    both = [embed_together(models, part, quiet, device) for part in (train, test)] if models else []
+    steps = {UNTRAINED: found.baselines.get(UNTRAINED) or untrained_vectors(cfg, train, test, quiet, device)}
     for name in models:
-        x = [part[name] for part in both]
-        if cfg.whiten:
-            whitening = fit_whitening(x[0])
-            x = [whitening(torch.from_numpy(one)).numpy() for one in x]
+        x = tuple(part[name] for part in both)
+        steps[name] = whitened(*x) if cfg.whiten else x
+    for name, x in steps.items():
         vectors[name] = shown(*x)
         numbers[name] = _numbers(evaluate_embeddings(x[0], train.labels, x[1], test.labels))
     vectors[MODEL] = shown(found.train_x, found.test_x)
-    vectors[BASELINE_ROW] = shown(found.train_baseline_x, found.baseline_x)
-    return Space(clips, held_out, vectors, numbers, (*models, MODEL) if kept else ())
+    vectors[statistics] = shown(*found.baselines[statistics])
+    return Space(clips, held_out, vectors, numbers, (*steps, MODEL) if kept else ())
 
 # %% ../nbs/40_run.ipynb #40a00003
 def _numbers(scores: dict) -> dict:
@@ -419,6 +419,7 @@ def explorer_of(
     "Return the map of a space; a second call with the same color returns the same object."
     from audiomaepp.explorer import MOST_POINTS, explore
     from audiomaepp.maps import AlignedMaps, aligned_umap, umap_2d
+    from audiomaepp.validation import STATISTICS, UNTRAINED
 
     clips, vectors = space.clips, space.vectors
     need_color(color, clips.table)
@@ -434,7 +435,7 @@ def explorer_of(
         space.made[color] = explore(
             vectors, table, clips, held_out=space.held_out, color=color if color in table else None, title=title,
             names=clips.classes if color == "label" else None, numbers=space.numbers, steps=space.steps,
-            baselines=[name for name in (START, BASELINE_ROW) if name in vectors], maps=space.maps)
+            baselines=[name for name in (UNTRAINED, *STATISTICS) if name in vectors], maps=space.maps)
     return space.made[color]
 
 # %% ../nbs/40_run.ipynb #42dcb43e

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/23_validation.ipynb #c7642d38
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ import torch
 from .batches import ClipLoader
 from .config import Config
 from .data import Recordings
+from .embed import EmbeddingGenerator
 from .evaluate import knn_accuracy, logmel_statistics
 from .features import LogMel, build_frontend
 from .losses import alignment, rankme, uniformity_loss
 from .model import AudioMAEPlusPlus
+from .pooling import fit_whitening
+from .train import untrained
 
 # %% ../nbs/23_validation.ipynb #19152169
 def validation_rows(
@@ -102,14 +105,91 @@ def _geometry(x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return scores if np.isnan(together) else {"alignment": together} | scores
 
 # %% ../nbs/23_validation.ipynb #3f837166
+LOGMEL, SEGMENTS, UNTRAINED = "log-mel statistics", "three segments", "untrained network" # names of rows
+STATISTICS = tuple(f"{name}{how}" for name in (LOGMEL, SEGMENTS) for how in ("", ", whitened"))
+
+
+def spectra(
+    recordings: Recordings, # recordings at 16 kHz
+    rows: Iterable[int], # row numbers
+) -> Iterator[torch.Tensor]: # (frames, 80), at least three frames
+    "Yield the log-mel spectrogram of each whole clip."
+    logmel = LogMel()
+    for i in rows:
+        wave = recordings.wav(i)[None]
+        logmel.num_frames = max(3, 1 + wave.shape[1] // logmel.hop_length)
+        yield logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0, : logmel.num_frames]
+
+
 def baseline_features(
     recordings: Recordings, # recordings at 16 kHz
     rows: Iterable[int], # row numbers
 ) -> np.ndarray: # (n, 4 · 80)
     "Return log-mel statistics of whole clips: per band the mean, deviation, deviation of the change, and maximum."
-    logmel, specs = LogMel(), []
-    for i in rows:
-        wave = recordings.wav(i)[None]
-        logmel.num_frames = max(2, 1 + wave.shape[1] // logmel.hop_length)
-        specs.append(logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0, : logmel.num_frames])
-    return logmel_statistics(specs)
+    return logmel_statistics(list(spectra(recordings, rows)))
+
+# %% ../nbs/23_validation.ipynb #23b00002
+def segment_statistics(
+    spec: torch.Tensor, # (frames, M) log-mel, at least three frames
+) -> np.ndarray: # (6M,)
+    "Return mean and standard deviation of each band in each third of a clip."
+    parts = [torch.cat([part.mean(0), part.std(0, correction=0)]) for part in spec.tensor_split(3)]
+    return torch.cat(parts).numpy()
+
+# %% ../nbs/23_validation.ipynb #23b00005
+FEWEST_TO_WHITEN = 8 # training clips; fewer leave a single component
+
+
+def whitened(
+    train_x: np.ndarray, # (n, D) vectors of the training part
+    test_x: np.ndarray, # (m, D) vectors of the held-out part
+) -> tuple[np.ndarray, np.ndarray]: # (n, k) and (m, k)
+    "Whiten the vectors of both parts as measured on the training part."
+    whiten = fit_whitening(train_x)
+    return tuple(whiten(torch.from_numpy(x)).numpy() for x in (train_x, test_x))
+
+
+def statistics_of(
+    train: Recordings, # training part
+    test: Recordings, # held-out part
+) -> dict[str, tuple[np.ndarray, np.ndarray]]: # name of the row → vectors of the training part and of the held-out part
+    "Return the statistics of both parts, plain and whitened."
+    found = {}
+    both = [[(logmel_statistics([spec])[0], segment_statistics(spec)) for spec in spectra(sounds, range(len(sounds)))]
+            for sounds in (part.at_rate(16000) for part in (train, test))]
+    for i, name in enumerate((LOGMEL, SEGMENTS)):
+        found[name] = tuple(np.stack([row[i] for row in part]) for part in both)
+        if len(train) >= FEWEST_TO_WHITEN:
+            found[f"{name}, whitened"] = whitened(*found[name])
+    return found
+
+# %% ../nbs/23_validation.ipynb #23b00007
+def untrained_vectors(
+    cfg: Config, # config of the model, whose seed gives the weights
+    train: Recordings, # training part
+    test: Recordings, # held-out part
+    quiet: bool = True, # whether progress is hidden
+    device: str | torch.device | None = None, # device of the network; a GPU if there is one
+) -> tuple[np.ndarray, np.ndarray]: # (n, D) and (m, D)
+    "Embed both parts with the network before its training, read out as the model is."
+    generator = EmbeddingGenerator(untrained(cfg), device)
+    x = tuple(generator.embed_recordings(part, quiet=quiet)[0] for part in (train, test))
+    return whitened(*x) if cfg.whiten else x
+
+
+def make_baselines(
+    cfg: Config, # config of the model
+    train: Recordings, # training part
+    test: Recordings, # held-out part
+    quiet: bool = True, # whether progress is hidden
+    device: str | torch.device | None = None, # device of the network; a GPU if there is one
+) -> dict[str, tuple[np.ndarray, np.ndarray]]: # name of the row → vectors of the training part and of the held-out part
+    "Return the vectors of every baseline of a model."
+    return statistics_of(train, test) | {UNTRAINED: untrained_vectors(cfg, train, test, quiet, device)}
+
+
+def best_statistics(
+    rows: Mapping[str, Mapping[str, float]], # name → scores
+) -> str:
+    "Return the name of the statistics with the highest kNN accuracy; the first of equals, and without labels."
+    return max((name for name in STATISTICS if name in rows), key=lambda name: rows[name].get("knn", 0), default=LOGMEL)

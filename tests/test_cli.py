@@ -25,7 +25,7 @@ from audiomaepp.config import Config
 from audiomaepp.data import Recordings
 from audiomaepp.files import MARKER
 from audiomaepp.finetune import Classifier
-from audiomaepp.lab import BASELINE, CHANCE, LOSSES, UNTRAINED, Comparison, design
+from audiomaepp.lab import CHANCE, LOSSES, STATISTICS, UNTRAINED, Comparison, design
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer, _Saver
 from audiomaepp.validation import Validation
@@ -261,9 +261,10 @@ def test_evaluate_map_and_embed(run, sounds, tmp_path, capsys):
 
     cli.main(["evaluate", str(run)])
     said = capsys.readouterr().out
-    assert "held out" in said and "chance" in said and "log-mel statistics" in said
-    rows = rows_of(run / "results.csv")
-    assert len(rows) == 3 and "chance" in json.dumps(json.loads((run / "results.json").read_text(encoding="utf-8")))
+    names = ["this model", *STATISTICS, UNTRAINED, "chance"]
+    assert "held out" in said and all(name in said for name in names)
+    stored = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in rows_of(run / "results.csv")] == list(stored["rows"]) == names
 
     cli.main(["map", str(run)])
     pictures = {p.name: p.read_bytes() for p in (run / "pictures").iterdir()}
@@ -293,7 +294,8 @@ def test_a_class_has_one_color_on_both_maps(run, monkeypatch):
     monkeypatch.setattr(explorer, "plot_maps", lambda *a, **k: figures.append(plain(*a, **k)) or figures[-1])
     found = running.evaluate_run(run, quiet=True)
     some = found.test.labels > 0  # the first class has no clip among them
-    part = dict(test=found.test.select(some), test_x=found.test_x[some], baseline_x=found.baseline_x[some])
+    cut = {name: (x, y[some]) for name, (x, y) in found.baselines.items()}
+    part = dict(test=found.test.select(some), test_x=found.test_x[some], baselines=cut)
     running.draw_run(run, replace(found, **part))
     page = (run / "pictures" / "map.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r"application/json[^>]*>(.*?)</script>", page, re.S)[1])
@@ -374,7 +376,8 @@ def test_an_evaluated_run_has_a_model_card(run):
     cli.main(["evaluate", str(run)])
     card, results = (run / "README.md").read_text(), json.loads((run / "results.json").read_text())
     assert results["protocol"] in card and f"| this model | {results['rows']['this model']['knn']:.3g} |" in card
-    assert "log-mel statistics" in card and "| `embed_dim` | `32` |" in card and card.startswith("---\n")
+    assert all(f"| {name} |" in card for name in (*STATISTICS, UNTRAINED, "chance"))
+    assert "| `embed_dim` | `32` |" in card and card.startswith("---\n")
 
 
 def test_finetune_scores_the_clips_that_the_run_held_out(run, sounds, tmp_path, capsys):
@@ -486,7 +489,7 @@ def test_a_comparison_is_printed_and_written(compared):
     out, said = compared
     comparison, weights = Comparison.load(out), ["contrastive_weight=0", "contrastive_weight=0.5"]
     table = pd.read_csv(out / "table.csv", index_col=0)
-    rows = [*weights, BASELINE, UNTRAINED, CHANCE]
+    rows = [*weights, *STATISTICS, UNTRAINED, CHANCE]
     assert list(table.index) == rows
     for name in ("knn", "linear", "alignment", "uniformity", "rankme", "reconstruction", "seconds"):
         assert np.allclose(table[name], comparison.table[name].astype(float), equal_nan=True), name
