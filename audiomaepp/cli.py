@@ -154,7 +154,7 @@ def as_begun(train: Train) -> tuple[Source, Config]:
 # %% ../nbs/60_cli.ipynb #e61b61bb
 @dataclass
 class Evaluate(Command):
-    "Score a run on held-out clips, beside log-mel statistics and chance."
+    "Score a run on held-out clips, beside baselines that need no training and chance."
 
     run_folder: tyro.conf.Positional[str] # folder of a run
     data: str | None = None # other sounds to score the model on; the run's own by default
@@ -171,7 +171,7 @@ class Evaluate(Command):
         report = Run(self.run_folder).evaluate(self.data, self.quiet, device=self.device, **how)
         print(f"\n{report}\n")
         if "chance" not in report.rows:
-            self.say("These sounds have no labels: kNN, the linear probe, the baseline and chance need them.")
+            self.say("These sounds have no labels: kNN, the linear probe, the baselines and chance need them.")
         if self.data is None:
             self.say(f"Written to {Path(self.run_folder) / 'results.csv'}")
         return report.to_dict()

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/43_report.ipynb #5b8e2d09
 def seed_margin(
-    rows: "pd.DataFrame", # rows of the table, without baseline and chance
+    rows: "pd.DataFrame", # rows of the table, without baselines and chance
     column: str, # score
     compared: list[str], # name of one row, or names of two
 ) -> float: # 0 for a single seed
@@ -78,7 +78,7 @@ def trained_rows(
 
 def margin_of(
     comparison: Comparison,
-    rows: "pd.DataFrame", # rows of the table, without baseline and chance
+    rows: "pd.DataFrame", # rows of the table, without baselines and chance
     column: str, # score
     compared: list[str], # name of one row, or names of two
 ) -> float:

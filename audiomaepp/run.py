@@ -634,7 +634,7 @@ def hints(
     cfg: Config, # settings of the run
     train: "Recordings", # training part
 ) -> list[str]:
-    "Return what to try when a model does not beat the baseline, most promising first."
+    "Return what to try when a model does not beat the baselines, most promising first."
     labeled = bool((train.labels >= 0).any())
     seconds = _usual_seconds(train)
     preset = ("words" if seconds <= 1.5 else "semantic") + "_unlabelled" * (not labeled)
@@ -955,7 +955,7 @@ def next_steps(run: RunFolder, report: "Report | None") -> str:
 
 # %% ../nbs/40_run.ipynb #7e112b21
 def describe(run: RunFolder) -> str:
-    "Return a run as text: headline, scores beside the baseline and chance, next steps."
+    "Return a run as text: headline, scores beside the baselines and chance, next steps."
     report = stored_report(run)
     return "\n".join([f"Run {run.path}: {headline(run)}", *([str(report)] if report else []),
                       f"Next: {next_steps(run, report)}"])
@@ -1007,7 +1007,7 @@ class Run(RunFolder):
         return self
 
     def evaluate(self, data: str | os.PathLike | None = None, quiet: bool = False, **how) -> "Report":
-        "Score held-out clips beside the baseline and chance; `data` are other sounds, `how` says how to split them."
+        "Score held-out clips beside the baselines and chance; `data` are other sounds, `how` says how to split them."
         return evaluation_of(self, data, quiet, how).report
 
     def map(self, color: str = "label", quiet: bool = False, everything: bool = False, device=None) -> "Explorer":

@@ -1,4 +1,4 @@
-"""Held-out quality of the presets, beside the baseline and chance: every fold (or speaker) is held out once.
+"""Held-out quality of the presets, beside the baselines and chance: every fold (or speaker) is held out once.
 
     python benchmarks/quality.py --data ../shared/data/esc10 ../shared/data/fsdd synthetic --out runs/quality
 
@@ -29,11 +29,10 @@ from tqdm import tqdm
 from audiomaepp.config import Config
 from audiomaepp.data import drop_unreadable, open_recordings, split
 from audiomaepp.evaluate import average_scores, chance, evaluate_embeddings
-from audiomaepp.features import LogMel
 from audiomaepp.files import write_atomic
-from audiomaepp.lab import compare_losses
+from audiomaepp.lab import UNTRAINED, compare_losses
 from audiomaepp.synthetic import synthesize
-from audiomaepp.validation import baseline_features
+from audiomaepp.validation import STATISTICS, statistics_of
 
 WORDS = dict(label_from=r"^(\d)_", group_from=r"_([a-z]+)_")  # 7_theo_12.flac
 BARS = {  # asked for: (kNN-10, linear)
@@ -61,27 +60,15 @@ def column_of(recordings):
     return "fold" if "fold" in recordings.table else "group"
 
 
-def segment_statistics(recordings):
-    """(n, 480): mean and deviation of each log-mel band in each third of a clip; for words, a stronger baseline."""
-    rows, logmel = [], LogMel()
-    for i in range(len(recordings)):
-        wave = recordings.wav(i)[None]
-        logmel.num_frames = max(3, wave.shape[1] // logmel.hop_length)
-        spec = logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0]
-        rows.append(torch.cat([torch.cat([s.mean(0), s.std(0, correction=0)]) for s in spec.tensor_split(3)]))
-    return torch.stack(rows).numpy()
-
-
 def baselines(source):
-    """Scores of both baselines and of chance, for each part."""
+    """Scores of the statistics and of chance, for each part."""
     recordings = opened(source)
     recordings = recordings if source == "synthetic" else drop_unreadable(recordings, quiet=True)
-    rows = {"log-mel statistics": [], "the same in three segments": [], "chance": []}
+    rows = {name: [] for name in (*STATISTICS, "chance")}
     for part in parts_of(recordings):
         train, test = recordings if source == "synthetic" else split(recordings, **{column_of(recordings): part})[:2]
-        kinds = (lambda r: baseline_features(r, range(len(r))), segment_statistics)
-        for name, features in zip(rows, kinds, strict=False):
-            rows[name].append(evaluate_embeddings(features(train), train.labels, features(test), test.labels))
+        for name, (train_x, test_x) in statistics_of(train, test).items():
+            rows[name].append(evaluate_embeddings(train_x, train.labels, test_x, test.labels))
         guess = chance(train.labels, test.labels)
         rows["chance"].append(dict(knn=guess, linear=guess, n_train=len(train), n_test=len(test)))
     return rows
@@ -99,7 +86,7 @@ def config_of(recordings, mode, budget):
 
 
 def run(source, part, mode, seed, args):
-    """Train once and score: a row for each way of pooling."""
+    """Train once; return the scores of the model and of the network before its training."""
     torch.set_num_threads(args.threads)
     cfg = config_of(opened(source), mode, args.budget)
     recordings = opened(source, cfg.sample_rate)
@@ -108,7 +95,8 @@ def run(source, part, mode, seed, args):
     compared = compare_losses(recordings, {mode: {}}, (seed,), base=cfg, out=out, quiet=True, **how)
     if compared.failed:
         raise RuntimeError(f"{out.name}: {compared.failed}")
-    return compared.results[0].scores
+    start = next(result for result in compared.baselines if result.setting == UNTRAINED)
+    return compared.results[0].scores, start.scores
 
 
 def mean_and_spread(runs):
@@ -126,7 +114,7 @@ def mean_and_spread(runs):
 def show(source, rows):
     """Print one table."""
     print(f"\n{Path(source).name}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds)")
-    print(f"{'':28}{'kNN-10':>26}{'linear':>26}{'asked':>14}{'s/run':>7}")
+    print(f"{'':33}{'kNN-10':>26}{'linear':>26}{'asked':>14}{'s/run':>7}")
     for name, row in rows.items():
         cells = [f"{row[k]:.3f} ± {row[k + '_sd_parts']:.3f}"
                  + (f" (± {row[k + '_sd_seeds']:.3f})" if row[k + "_sd_seeds"] is not None else "")
@@ -134,7 +122,7 @@ def show(source, rows):
         bar = BARS.get(Path(source).name, {}).get(name)
         asked = f"{bar[0]:.2f} / {bar[1]:.2f}" if bar else ""
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-        print(f"{name:28}{cells[0]:>26}{cells[1]:>26}{asked:>14}{seconds:>7}")
+        print(f"{name:33}{cells[0]:>26}{cells[1]:>26}{asked:>14}{seconds:>7}")
 
 
 def main():
@@ -158,14 +146,15 @@ def main():
             bar.update()
             source, part, mode, seed = waiting[done]
             tqdm.write(f"{Path(source).name} {part} {mode} seed {seed}: "
-                       + ", ".join(f"{k} {scores[waiting[done]][k]:.3f}" for k in ("knn", "linear", "seconds")))
+                       + ", ".join(f"{k} {scores[waiting[done]][0][k]:.3f}" for k in ("knn", "linear", "seconds")))
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads a run",
               "torch": torch.__version__, "budget": args.budget, "data": {}}
     for source in args.data:
-        rows = {mode: mean_and_spread({s: [v for k, v in scores.items() if k[0] == source and k[2:] == (mode, s)]
-                                       for s in args.seeds}) for mode in args.modes}
+        rows = {name: mean_and_spread({s: [v[i] for k, v in scores.items() if k[0] == source and k[2:] == (mode, s)]
+                                       for s in args.seeds})
+                for mode in args.modes for i, name in enumerate((mode, f"{UNTRAINED}, {mode}"))}
         rows |= {name: mean_and_spread({0: parts}) for name, parts in baselines(source).items()}
-        runs = [dict(part=k[1], mode=k[2], seed=k[3], **v) for k, v in scores.items() if k[0] == source]
+        runs = [dict(part=k[1], mode=k[2], seed=k[3], **v[0]) for k, v in scores.items() if k[0] == source]
         report["data"][Path(source).name] = {"table": rows, "runs": runs}
         show(source, rows)
     write_atomic(Path(args.out) / "quality.json", json.dumps(report, indent=1).encode() + b"\n")

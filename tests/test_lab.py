@@ -257,8 +257,10 @@ def test_results_of_another_version_can_be_read_but_not_mixed(comparison, sounds
     comparison.save(tmp_path)
     path = tmp_path / "comparison.json"
     path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    lab.run_folder(tmp_path, STATISTICS[1], 0).joinpath("results.json").unlink()  # a version without this baseline
     same = dict(base=config(), out=tmp_path, pooling=("mean", "cls"), fraction=0.4, quiet=True)
     finished = compare_losses(sounds, TWO, (0, 1), **same)
+    assert [name for name in STATISTICS if name not in finished.table.index] == [STATISTICS[1]], "only read"
     assert finished.experiment.versions["torch"] == Comparison.load(tmp_path).experiment.versions["torch"] == "1.0"
     before = path.read_bytes()
     with pytest.raises(ValueError, match="versions.torch is '1.0' in the folder .*Comparison.load.* another folder"):
