@@ -137,7 +137,7 @@ def segment_statistics(
     return torch.cat(parts).numpy()
 
 # %% ../nbs/23_validation.ipynb #23b00005
-FEWEST_TO_WHITEN = 8 # training clips; fewer leave a single component
+FEWEST_TO_WHITEN = 8 # training clips; fewer, whitened, are about equally far from each other
 
 
 def whitened(

@@ -362,7 +362,7 @@ def test_a_training_that_diverges_is_reported_and_the_others_are_compared(sounds
 
 
 def test_a_comparison_of_few_clips_has_the_baselines_that_they_allow(tmp_path):
-    "Whitening six vectors leaves a sign: a row of it would say nothing, and its failure would cost the comparison."
+    "Six whitened vectors are about equally far from each other: their row would say nothing."
     few = compare_losses(synthesize(n=4, classes=2), {"neither": {}}, base=config(epochs=1), out=tmp_path, quiet=True)
     assert list(few.table.index) == ["neither", BASELINE, "three segments", UNTRAINED, CHANCE] and few.remarks()
     assert Comparison.load(tmp_path).same_as(few)
