@@ -172,27 +172,30 @@ def fit_whitening(
     power: float = WHITENING_POWER, # power of the deviations, from 0 (only a rotation) to 1 (equal deviations)
 ) -> Whitening:
     "Fit the whitening of embeddings. Raises `ValueError` for fewer than two embeddings or a size that is impossible."
-    from scipy.linalg import hadamard
+    from scipy.linalg import eigh, hadamard
 
     x = torch.as_tensor(x).detach().cpu().double()
     if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
         raise ValueError(f"x must be finite embeddings of at least 2 clips, (n, D), got {tuple(x.shape)}; use the "
                          "embeddings of the training clips")
-    clips, width = x.shape
+    (clips, width), wanted = x.shape, size or whitening_size(*x.shape)
     std, mean = torch.std_mean(x, dim=0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp(min=1e-12), 0.0)  # constant numbers are left out
     x = (x - mean) * scale
-    variance, directions = torch.linalg.eigh(x.T @ x / clips)  # ascending
+    products = x @ x.T if clips < width else x.T @ x  # the smaller one has the same variances
+    n = len(products)
+    variance, directions = map(torch.from_numpy, eigh(products / clips, subset_by_index=[max(0, n - wanted), n - 1]))
     kept = int((variance > 1e-9 * variance[-1].clamp(min=1e-12)).sum())
     most = 2 ** int(math.log2(max(1, kept)))
-    size = min(whitening_size(clips, width), most) if size is None else size
-    if size < 1 or size & (size - 1) or size > most:
-        raise ValueError(f"size must be a power of two of at most {most}, the directions in which these embeddings "
-                         f"vary, got {size}; use {most} or less")
-    directions, deviation = directions[:, -size:].flip(1), variance[-size:].flip(0).clamp(min=1e-12).sqrt()
+    if size is not None and (size & (size - 1) or size > most):
+        raise ValueError(f"size must be a power of two, at most the {kept} directions in which these embeddings vary, "
+                         f"got {size}; use {most}")
+    size = min(wanted, most)
+    variance, directions = variance[-size:].flip(0).clamp(min=1e-12), directions[:, -size:].flip(1)
+    directions = x.T @ directions / (clips * variance).sqrt() if clips < width else directions  # (D, size)
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()  # a defined sign
     rotation = torch.from_numpy(hadamard(size) / math.sqrt(size))
     fitted = Whitening(width, size)
-    fitted.mean, fitted.weight = mean.float(), (scale[:, None] * directions / deviation**power @ rotation).float()
+    fitted.mean, fitted.weight = mean.float(), (scale[:, None] * directions / variance.sqrt()**power @ rotation).float()
     return fitted
 
