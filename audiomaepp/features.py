@@ -39,20 +39,46 @@ def standardize_spec(
         mean = (spec * sounds).sum(1, keepdim=True) / sounds.sum(1, keepdim=True).clamp(min=1)
         spec = torch.where(sounds > 0, (spec - mean) / (2 * spec_std), _SILENT)
     else:
-        std, mean = torch.std_mean(spec, (1, 2), keepdim=True)
-        spec = (spec - mean) / std.clamp(min=_STD_FLOOR)
+        spec = spec - spec.mean((1, 2), keepdim=True)
+        norm = torch.linalg.vector_norm(spec, dim=(1, 2), keepdim=True) # several times as fast as torch.std
+        spec = spec / (norm / math.sqrt(spec.shape[1] * spec.shape[2] - 1)).clamp(min=_STD_FLOOR)
     return spec.clamp_(-_FURTHEST, _FURTHEST)
 
 # %% ../nbs/11_features.ipynb #11c0de01
 _LOUDEST = 1e9 # full scale is 1; a float file can hold any value, and its power must not overflow
 EPS = torch.finfo(torch.float32).eps # least power of a band; its logarithm is silence
-BLOCK = 8 # clips at a time on a CPU: the frames of more do not fit into its cache
+BLOCK = 8 # clips at a time on a CPU: the spectrograms of more do not fit into its cache
+FRAMES = 512 # frames at a time on a CPU: their spectra, 1 MB, stay in the cache of a core
 
 
-def in_blocks(clips: int, device: torch.device) -> list[slice]: # consecutive rows
+def in_blocks(
+    rows: int,
+    device: torch.device,
+    size: int = BLOCK, # rows of a block on a CPU
+) -> list[slice]: # consecutive rows
     "Return the blocks in which a batch is computed; on a GPU, the whole batch."
-    size = BLOCK if device.type == "cpu" else max(1, clips)
-    return [slice(first, first + size) for first in range(0, max(1, clips), size)]
+    size = size if device.type == "cpu" else max(1, rows)
+    return [slice(first, first + size) for first in range(0, max(1, rows), size)]
+
+# %% ../nbs/11_features.ipynb #11c0de12
+def nonzero_blocks(
+    mel: torch.Tensor, # (rows, n_mels)
+    size: int = 32, # bands of a block
+) -> list[tuple[slice, slice]]: # (rows, bands) of each block
+    "Return blocks of a mel matrix that hold everything that is not zero."
+    bands = [slice(first, first + size) for first in range(0, mel.shape[1], size)]
+    used = [mel[:, some].any(1).nonzero().flatten().tolist() or [0] for some in bands]
+    return [(slice(rows[0], rows[-1] + 1), some) for rows, some in zip(used, bands, strict=True)]
+
+
+def mel_power(
+    frames: torch.Tensor, # (B, frames, n_fft) windowed frames
+    mel: torch.Tensor, # (2·bins, n_mels) weights of the mel bands, each row twice
+    blocks: list[tuple[slice, slice]], # result of `nonzero_blocks`
+) -> torch.Tensor: # (B, frames, n_mels)
+    "Return the power of frames in mel bands."
+    squares = torch.view_as_real(torch.fft.rfft(frames)).flatten(2).square_() # (B, frames, 2·bins)
+    return torch.cat([squares[..., rows] @ mel[rows, bands] for rows, bands in blocks], 2)
 
 # %% ../nbs/11_features.ipynb #2b400c34
 class FrontEnd(nn.Module):
@@ -72,10 +98,12 @@ class FrontEnd(nn.Module):
         super().__init__()
         if normalize not in ("clip", "dataset", "band"):
             raise ValueError(f"normalize must be 'clip', 'dataset' or 'band', got {normalize!r}; use 'clip'")
-        self.num_frames, self.hop_length = num_frames, hop_length
+        self.num_frames, self.hop_length, self.clips = num_frames, hop_length, max(1, 2 * FRAMES // num_frames)
         self.normalize, self.spec_mean, self.spec_std, self.top_db = normalize, spec_mean, spec_std, top_db
         self.register_buffer("window", window.float(), persistent=False)
-        self.register_buffer("mel", mel.float(), persistent=False)
+        mel = mel.float().repeat_interleave(2, 0) # a row for the real and one for the imaginary part
+        self.register_buffer("mel", mel, persistent=False)
+        self.blocks = nonzero_blocks(mel)
 
     def forward(
         self,
@@ -90,11 +118,13 @@ class FrontEnd(nn.Module):
             raise ValueError(f"wav must be a batch of shape (B, samples), got {tuple(wav.shape)}; use wav[None] for one"
                              " clip")
         with torch.autocast(wav.device.type, enabled=False):
-            wav = wav.float().clamp(-_LOUDEST, _LOUDEST)
             full = torch.full((len(wav),), wav.shape[1], device=wav.device)
             lengths = full if lengths is None else lengths.to(wav.device)
-            blocks = in_blocks(len(wav), wav.device)
-            return self.standardize(torch.cat([self.log_spectrum(wav[b], lengths[b]) for b in blocks]), top_db)
+            specs = torch.empty(len(wav), 1, self.num_frames, self.mel.shape[1], device=wav.device)
+            for b in in_blocks(len(wav), wav.device, self.clips):
+                logs = self.log_spectrum(wav[b].float().clamp(-_LOUDEST, _LOUDEST), lengths[b])
+                specs[b] = self.standardize(logs, None if top_db is None else top_db[b])
+            return specs
 
     def standardize(self, spec: torch.Tensor, top_db: torch.Tensor | None = None) -> torch.Tensor:
         "Return log spectra (B, frames, n_mels) standardized, as (B, 1, num_frames, n_mels)."
@@ -115,11 +145,14 @@ class FrontEnd(nn.Module):
 
 # %% ../nbs/11_features.ipynb #a5110005
 def _silence_padding(
-    wav: torch.Tensor, # (B, samples)
-    lengths: torch.Tensor, # (B,) samples before the padding
-) -> torch.Tensor: # (B, samples)
+    x: torch.Tensor, # (B, n, …) waveforms or frames
+    lengths: torch.Tensor, # (B,) samples or frames before the padding
+) -> torch.Tensor: # (B, n, …)
     "Return the clips with zeros after their lengths."
-    return wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
+    if lengths.device.type == "cpu" and (lengths >= x.shape[1]).all():
+        return x
+    inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return x * inside.view(*x.shape[:2], *[1] * (x.dim() - 2))
 
 # %% ../nbs/11_features.ipynb #3d40ea57
 class LogMel(FrontEnd):
@@ -150,7 +183,8 @@ class LogMel(FrontEnd):
             raise ValueError(f"num_frames must cover more than half an FFT of {n_fft} samples, got {num_frames}; use "
                              f"{enough} or more")
         mel = import_torchaudio().functional.melscale_fbanks(n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate)
-        window = torch.hann_window(win_length)
+        side = n_fft - win_length
+        window = F.pad(torch.hann_window(win_length), (side // 2, side - side // 2))
         super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
         self.n_fft = n_fft
         self.edge = -(-n_fft // 2 // hop_length) # frames at either end of a clip that see beyond it
@@ -165,12 +199,14 @@ class LogMel(FrontEnd):
         lengths: torch.Tensor, # (B,) samples before the padding
     ) -> torch.Tensor: # (B, num_frames + 1, n_mels)
         "Return log(mel power + ε); padding counts as silence."
-        size = self.num_frames * self.hop_length
-        wav = F.pad(_silence_padding(wav, lengths), (0, size - wav.shape[1])) # a negative pad crops
-        sizes = self.n_fft, self.hop_length, len(self.window)
-        spectrum = torch.stft(wav, *sizes, self.window, pad_mode="reflect", return_complex=True)
-        power = spectrum.real.square() + spectrum.imag.square() # (B, bins, frames)
-        return (power.mT @ self.mel + EPS).log()
+        more, half = self.num_frames * self.hop_length - wav.shape[1], self.n_fft // 2
+        wav = _silence_padding(wav, lengths)
+        wav = F.pad(wav, (0, more)) if more else wav # a negative pad crops
+        wav = torch.cat([wav[:, 1 : half + 1].flip(1), wav, wav[:, -half - 1 : -1].flip(1)], 1) # mirrored at its ends
+        frames = wav.unfold(1, self.n_fft, self.hop_length)
+        blocks = in_blocks(frames.shape[1], wav.device, FRAMES)
+        power = torch.cat([mel_power(frames[:, b] * self.window, self.mel, self.blocks) for b in blocks], 1)
+        return power.add_(EPS).log_()
 
 # %% ../nbs/11_features.ipynb #57c6c1b9
 class Fbank(FrontEnd):
@@ -201,13 +237,14 @@ class Fbank(FrontEnd):
 
         n_fft = 1 << (win_length - 1).bit_length()
         mel, _ = get_mel_banks(n_mels, n_fft, sample_rate, f_min, f_max, 100.0, -500.0, 1.0)
-        window = torch.hann_window(win_length, periodic=False)
+        window = F.pad(torch.hann_window(win_length, periodic=False), (0, n_fft - win_length))
         mel = F.pad(mel.T, (0, 0, 0, 1))
         super().__init__(window, mel, num_frames, hop_length, normalize, spec_mean, spec_std, top_db)
+        self.win_length = win_length
 
     def frames(self, samples: int) -> int:
         "Return the number of frames that fit into a sound; one shorter than a window has one."
-        return 1 + max(0, samples - len(self.window)) // self.hop_length
+        return 1 + max(0, samples - self.win_length) // self.hop_length
 
     def log_spectrum(
         self,
@@ -215,24 +252,24 @@ class Fbank(FrontEnd):
         lengths: torch.Tensor, # (B,) samples before the padding
     ) -> torch.Tensor: # (B, num_frames, n_mels)
         "Return the log of the band energies, zero where no frame fits into the clip."
-        win, lengths = len(self.window), lengths.clamp(1, wav.shape[1])
+        win, n_fft, lengths = self.win_length, len(self.window), lengths.clamp(1, wav.shape[1])
         mean = _silence_padding(wav, lengths).sum(1) / lengths
         wav = _silence_padding(wav - mean[:, None], lengths)[:, : (self.num_frames - 1) * self.hop_length + win]
-        frames = F.pad(wav, (0, max(0, win - wav.shape[1]))).unfold(1, win, self.hop_length)
-        energies = self._energies(frames).clamp(min=EPS).log()
-        fitting = 1 + (lengths - win).clamp(min=0) // self.hop_length
-        energies = energies * (torch.arange(frames.shape[1], device=wav.device) < fitting[:, None])[..., None]
+        wav = F.pad(wav, (1, max(0, win - wav.shape[1]) + n_fft - win)) # one before: the first is not in the frame
+        frames = wav.unfold(1, n_fft + 1, self.hop_length)
+        blocks = in_blocks(frames.shape[1], wav.device, FRAMES)
+        power = torch.cat([mel_power(self._windowed(frames[:, b]), self.mel, self.blocks) for b in blocks], 1)
+        energies = power.clamp_(min=EPS).log_()
+        energies = _silence_padding(energies, 1 + (lengths - win).clamp(min=0) // self.hop_length)
         return F.pad(energies, (0, 0, 0, self.num_frames - energies.shape[1]))
 
-    def _energies(
+    def _windowed(
         self,
-        frames: torch.Tensor, # (B, frames, win_length)
-    ) -> torch.Tensor: # (B, frames, n_mels)
-        "Return band energies in Kaldi's order: mean, pre-emphasis, window, power spectrum, bands."
-        frames = frames - frames.mean(-1, keepdim=True)
-        frames = (frames[..., 1:] - 0.97 * frames[..., :-1]) * self.window[1:] # the window's first value is 0
-        spectrum = torch.fft.rfft(F.pad(frames, (1, 2 * len(self.mel) - 3 - frames.shape[-1])))
-        return (spectrum.real.square() + spectrum.imag.square()) @ self.mel
+        frames: torch.Tensor, # (B, frames, 1 + n_fft), overlapping views that begin one sample early
+    ) -> torch.Tensor: # (B, frames, n_fft)
+        "Return frames after Kaldi's first steps in its order: mean, pre-emphasis, window."
+        frames = frames - frames[..., 1 : self.win_length + 1].mean(-1, keepdim=True)
+        return (frames[..., 1:] - 0.97 * frames[..., :-1]).mul_(self.window)
 
 # %% ../nbs/11_features.ipynb #21f82ade
 def build_frontend(
@@ -265,7 +302,7 @@ def log_recording(
     wav = F.pad(wav, (before, max(0, last * hop + size - len(wav) - before)))
     spec, clips = wav.new_empty(last + fits, frontend.mel.shape[1]), wav.unfold(0, size, hop)
     firsts = torch.tensor([*range(0, last, max(1, fits - 2 * edge)), last])
-    for some in firsts.split(BLOCK):
+    for some in firsts.split(BLOCK if wav.is_cuda else frontend.clips):
         lengths = torch.full((len(some),), size, device=wav.device)
         for first, clip in zip(some.tolist(), frontend.log_spectrum(clips[some], lengths), strict=True):
             skip = edge if first else 0
