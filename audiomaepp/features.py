@@ -78,7 +78,10 @@ def mel_power(
 ) -> torch.Tensor: # (B, frames, n_mels)
     "Return the power of frames in mel bands."
     squares = torch.view_as_real(torch.fft.rfft(frames)).flatten(2).square_() # (B, frames, 2·bins)
-    return torch.cat([squares[..., rows] @ mel[rows, bands] for rows, bands in blocks], 2)
+    power = squares.new_empty(*frames.shape[:2], mel.shape[1])
+    for rows, bands in blocks: # written where they stay
+        power.flatten(0, 1)[:, bands].addmm_(squares.flatten(0, 1)[:, rows], mel[rows, bands], beta=0)
+    return power
 
 # %% ../nbs/11_features.ipynb #2b400c34
 class FrontEnd(nn.Module):
@@ -269,7 +272,8 @@ class Fbank(FrontEnd):
     ) -> torch.Tensor: # (B, frames, n_fft)
         "Return frames after Kaldi's first steps in its order: mean, pre-emphasis, window."
         frames = frames - frames[..., 1 : self.win_length + 1].mean(-1, keepdim=True)
-        return (frames[..., 1:] - 0.97 * frames[..., :-1]).mul_(self.window)
+        before = 0.97 * frames[..., :-1]
+        return frames[..., 1:].sub_(before).mul_(self.window)
 
 # %% ../nbs/11_features.ipynb #21f82ade
 def build_frontend(

@@ -591,6 +591,16 @@ def test_logmel_is_torchaudios(n_fft, win_length, hop, n_mels):
     assert ours(wav).shape == (3, 1, 100, n_mels)
 
 
+def test_long_clips_are_torchaudios():
+    "Clips of several blocks of frames, in batches of several blocks of clips."
+    wav = torch.randn(3, 1_300 * 160, generator=torch.Generator().manual_seed(0))
+    mel = audio.import_torchaudio().transforms.MelSpectrogram(RATE, 400, 400, 160, f_min=50, f_max=8_000, n_mels=80)
+    wanted = (mel(wav) + torch.finfo(torch.float32).eps).log().mT
+    ours = LogMel(1_300, normalize="dataset")
+    assert torch.allclose(ours.log_spectrum(wav, lengths_of(wav)), wanted, atol=1e-4)
+    assert torch.allclose(ours(wav)[:, 0], (wanted[:, :1_300] + 4.2677393) / (2 * 4.5689974), atol=1e-4)
+
+
 @pytest.mark.parametrize("rate, win_length, hop", [(16_000, 400, 160), (8_000, 200, 80), (16_000, 512, 160)])
 def test_fbank_is_kaldis(rate, win_length, hop):
     wav = 0.1 * torch.randn(3, rate, generator=torch.Generator().manual_seed(0)) + 0.05
