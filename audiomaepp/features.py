@@ -40,8 +40,9 @@ def standardize_spec(
         spec = torch.where(sounds > 0, (spec - mean) / (2 * spec_std), _SILENT)
     else:
         spec = spec - spec.mean((1, 2), keepdim=True)
-        norm = torch.linalg.vector_norm(spec, dim=(1, 2), keepdim=True) # several times as fast as torch.std
-        spec = spec / (norm / math.sqrt(spec.shape[1] * spec.shape[2] - 1)).clamp(min=_STD_FLOOR)
+        n = spec.shape[1] * spec.shape[2]
+        variance = spec.square().mean((1, 2), keepdim=True) * (n / (n - 1)) # many times as fast as torch.std
+        spec = spec / variance.clamp(min=_STD_FLOOR**2).sqrt()
     return spec.clamp_(-_FURTHEST, _FURTHEST)
 
 # %% ../nbs/11_features.ipynb #11c0de01
@@ -123,7 +124,7 @@ class FrontEnd(nn.Module):
         with torch.autocast(wav.device.type, enabled=False):
             full = torch.full((len(wav),), wav.shape[1], device=wav.device)
             lengths = full if lengths is None else lengths.to(wav.device)
-            specs = torch.empty(len(wav), 1, self.num_frames, self.mel.shape[1], device=wav.device)
+            specs = self.mel.new_empty(len(wav), 1, self.num_frames, self.mel.shape[1])
             for b in in_blocks(len(wav), wav.device, self.clips):
                 logs = self.log_spectrum(wav[b].float().clamp(-_LOUDEST, _LOUDEST), lengths[b])
                 specs[b] = self.standardize(logs, None if top_db is None else top_db[b])

@@ -690,6 +690,16 @@ def test_normal_audio_is_not_touched():
     assert torch.allclose(standardize_spec(spec), plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [1, 400, 5_000, 80_000])
+def test_a_short_sound_in_silence_is_standardized_exactly(samples):
+    "Most values are the same, and their rounding errors must not add up."
+    wav = 0.1 * torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
+    frontend = LogMel(500)
+    logs = frontend.log_spectrum(wav, lengths_of(wav)).double()
+    exact = (logs - logs.mean((1, 2), keepdim=True)) / logs.std((1, 2), keepdim=True)
+    assert (frontend(wav)[:, 0] - exact[:, :500].clamp(-20, 20)).abs().max() < 1e-4
+
+
 def test_silence_is_flat():
     assert LogMel()(torch.zeros(2, 32_000)).abs().max() < 1e-3
     assert LogMel()((torch.arange(32_000) == 9_999)[None] / 32_768).abs().max() < 2 # one least bit of 16
