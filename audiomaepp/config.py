@@ -235,8 +235,11 @@ class _Losses(_Model, _Image):
     @property
     def pooled_dim(self) -> int:
         "Length of the pooled tokens of a clip under `pooling_mode`."
+        return self._pooled(self.pooling_mode)
+
+    def _pooled(self, mode: str) -> int:
         bands = self.grid_size[1]
-        return self.embed_dim * {"cls+mean": 2, "frame": bands, "frame+std": 2 * bands}.get(self.pooling_mode, 1)
+        return self.embed_dim * {"cls+mean": 2, "frame": bands, "frame+std": 2 * bands}.get(mode, 1)
 
 
 POOLING_MODES = get_args(inspect.get_annotations(_Losses)["pooling_mode"])
@@ -245,6 +248,7 @@ POOLING_MODES = get_args(inspect.get_annotations(_Losses)["pooling_mode"])
 @dataclass(frozen=True, kw_only=True)
 class _ReadOut(_Losses):
     "Read-out of embeddings"
+    embedding_pooling: Literal["training", *POOLING_MODES] = "training" # pooling mode of embeddings; that of training
     embedding_layers: tuple[int, ...] = () # encoder blocks, from 1, whose outputs an embedding averages; (): the last
     add_statistics: bool = False # append statistics of the spectrogram (mean, deviations, maximum of each band)
     whiten: bool = False # whiten embeddings, by a map that is fitted after training to the training clips, unlabeled
@@ -258,9 +262,14 @@ class _ReadOut(_Losses):
         object.__setattr__(self, "embedding_layers", layers)
 
     @property
+    def embedding_mode(self) -> str:
+        "Pooling mode of embeddings."
+        return self.pooling_mode if self.embedding_pooling == "training" else self.embedding_pooling
+
+    @property
     def embedding_dim(self) -> int:
         "Length of the embedding of a clip before whitening."
-        return self.pooled_dim + 4 * self.img_size[1] * self.in_chans * self.add_statistics
+        return self._pooled(self.embedding_mode) + 4 * self.img_size[1] * self.in_chans * self.add_statistics
 
 
 

@@ -211,10 +211,10 @@ def fingerprint(
     model: AudioMAEPlusPlus,
 ) -> str: # 12 hexadecimal digits
     "Return a hash of the weights and the settings of a model."
-    settings = model.cfg.to_dict()
+    settings, usual = model.cfg.to_dict(), Config().to_dict()
     unused = "snapshots", "decode_ratio", "whiten", "cache_features", "fused_optimizer"
-    new = "embedding_layers", "add_statistics"
-    for name in (*unused, *(name for name in new if not settings[name])):  # newer than many tables of embeddings
+    new = [n for n in ("embedding_pooling", "embedding_layers", "add_statistics") if settings[n] == usual[n]]
+    for name in (*unused, *new):  # without effect, and newer than many tables of embeddings
         settings.pop(name)
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(cpu_state(model).items()):
@@ -252,7 +252,7 @@ class EmbeddingStream:
     ) -> dict[str, str]:
         "Return the metadata of a table of embeddings: fingerprint and place of the model, and how it was used."
         model, rows = self.encoder.model, "windows" if self.windows else "recordings"
-        pooling = self.pooling_mode or model.cfg.pooling_mode
+        pooling = self.pooling_mode or model.cfg.embedding_mode
         how = dict(rows=rows, hop=str(self.hop), precision=self.encoder.precision)
         return dict(model=fingerprint(model), pooling_mode=pooling, **how, place=place)
 
@@ -430,7 +430,7 @@ def _generator_line(generator: "EmbeddingGenerator") -> str:
     place = f"{generator.place}: " if generator.place else ""
     overlap = "" if hop == cfg.clip_seconds else f" every {hop:g} s"
     return (f"{place}windows of {cfg.clip_seconds:g} s{overlap} at {cfg.sample_rate} Hz, "
-            f"{generator.model.embedding_dim} numbers by {cfg.pooling_mode}, on {generator.device}")
+            f"{generator.model.embedding_dim} numbers by {cfg.embedding_mode}, on {generator.device}")
 
 
 def open_model(

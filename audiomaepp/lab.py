@@ -366,7 +366,7 @@ class Experiment:
 
     def poolings(self, setting: str) -> list[str]:
         "Return the pooling modes in which a model of this setting is embedded."
-        return self.pooling or [self.config(setting, 0).pooling_mode]
+        return self.pooling or [self.config(setting, 0).embedding_mode]
 
     def trained_as(self, setting: str) -> str:
         "Return the first setting with the same training: settings that differ in the read-out alone share one."
@@ -374,6 +374,16 @@ class Experiment:
             return self.config(name, 0).replace(**{field: getattr(Config(), field) for field in READ_OUT})
 
         return next(name for name in self.settings if training(name) == training(setting))
+
+    def untrained(self) -> dict[str, str]: # name of a row → the first setting with this read-out
+        "Return the rows of the untrained network: one for each read-out."
+        rows, usual = {}, None
+        for setting in self.settings:
+            values = {name: getattr(self.config(setting, 0), name) for name in READ_OUT}
+            usual = usual or values
+            differ = [f"{name}={plain_value(value)}" for name, value in values.items() if value != usual[name]]
+            rows.setdefault(", ".join([UNTRAINED, *differ]), setting)
+        return rows
 
     def runs(self) -> list[tuple[str, int]]:
         "Return every training, as (setting, seed)."
@@ -554,7 +564,7 @@ def score_model(
         if model.cfg.whiten:
             whitening = fit_whitening(x[0])
             x = tuple(whitening(torch.from_numpy(one)).numpy() for one in x)
-            if mode == model.cfg.pooling_mode:
+            if mode == model.cfg.embedding_mode:
                 model.whitening = whitening
         results.append(Result.of((who, mode, model.cfg.seed), x, labels, **more))
     return results
@@ -694,12 +704,12 @@ def write_comparison(
             _write_results(run_folder(folder, setting, seed), results, history, failed)
 
 # %% ../nbs/42_lab.ipynb #fe40b0e4
-def _read_baselines(folder: str | os.PathLike, results: list[Result]) -> list[Result]:
+def _read_baselines(folder: str | os.PathLike, results: list[Result], untrained: Iterable[str]) -> list[Result]:
     "Return baselines with at least the accuracies of the results; raise `ValueError` that names a damaged file."
     if not _is_finished(run_folder(folder, BASELINE, 0)):
         raise ValueError(f"{folder} has no results yet; continue it with compare_losses(…, out={str(folder)!r})")
     baselines = []
-    for name in (*STATISTICS, UNTRAINED):
+    for name in (*STATISTICS, *untrained):
         if not _is_finished(at := run_folder(folder, name, 0)):  # an older folder, or too few clips
             continue
         found, *_ = _read_results(at)
@@ -742,7 +752,7 @@ def read_comparison(
     folders = {run: at for run in experiment.runs() if _is_finished(at := run_folder(folder, *run))}
     read = {run: _read_run(at, run) for run, at in folders.items()}
     results = [result for found, _, _ in read.values() for result in found]
-    baselines = _read_baselines(folder, results)
+    baselines = _read_baselines(folder, results, experiment.untrained())
     held_out = _read_held_out(path.with_name("held_out.parquet"), {len(r.x) for r in [*baselines, *results]})
     with naming(path):
         skipped = Skipped((where, why) for where, why in facts["skipped"])
@@ -817,10 +827,10 @@ def score_baselines(
             baseline = Result.of((name, "", 0), vectors, labels)
             baseline.scores = {score: baseline.scores[score] for score in ACCURACIES if score in baseline.scores}
             _write_results(run_folder(folder, name, 0), [baseline], History())
-    if same and not _is_finished(at := run_folder(folder, UNTRAINED, 0)):
-        setting, seed = experiment.runs()[0]
-        model = untrained(experiment.config(setting, seed))
-        _write_results(at, score_model(model, UNTRAINED, experiment.poolings(setting), parts), History())
+    for name, setting in experiment.untrained().items() if same else ():
+        if not _is_finished(at := run_folder(folder, name, 0)):
+            model = untrained(experiment.config(setting, experiment.seeds[0]))
+            _write_results(at, score_model(model, name, experiment.poolings(setting), parts), History())
 
 # %% ../nbs/42_lab.ipynb #ad82d5c8
 def trained_model(

@@ -486,7 +486,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.cfg = cfg or Config()
         self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
-        self.whitening: Whitening | None = None # map of the embeddings under `cfg.pooling_mode`, once it is fitted
+        self.whitening: Whitening | None = None # map of the embeddings under `cfg.embedding_mode`, once it is fitted
         self.apply(_init_weights)
 
     def patchify(self, spec: Tensor) -> Tensor: # (B, C, T, M) → (B, N, patch_dim)
@@ -595,9 +595,9 @@ class AudioMAEPlusPlus(MaskedAutoencoder):
         frames: Tensor | None = None, # (B,) number of frames with sound; None if no clip is padded
     ) -> Tensor: # (B, D); see `embedding_dim`
         "Return one vector per clip; only the pooling mode of the config is whitened."
-        mode = pooling_mode or self.cfg.pooling_mode
+        mode = pooling_mode or self.cfg.embedding_mode
         x = read_out(self, spec, mode, frames)
-        return x if self.whitening is None or mode != self.cfg.pooling_mode else self.whitening(x)
+        return x if self.whitening is None or mode != self.cfg.embedding_mode else self.whitening(x)
 
     @property
     def embedding_dim(self) -> int:

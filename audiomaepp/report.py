@@ -440,7 +440,7 @@ def _usual_rows(comparison: Comparison) -> list[str]:
     named += [(r.setting, r.pooling, name) for name, r in baselines_of(comparison).items() if r.setting in shown]
     for setting, pooling, name in named:
         trained = setting if setting in experiment.settings else next(iter(experiment.settings))
-        usual = experiment.config(trained, 0).pooling_mode
+        usual = experiment.config(trained, 0).embedding_mode
         rows[setting] = name if pooling == usual else rows.get(setting, name)
     return list(rows.values())
 

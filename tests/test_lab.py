@@ -808,3 +808,16 @@ def test_a_training_whose_last_step_diverges_does_not_end_the_comparison(sounds,
     found = compare_losses(sounds, settings, base=config(), out=tmp_path / "lab", quiet=True)
     assert {r.setting for r in found.results} == {"calm"} and "lower base_lr" in found.failed["wild", 0]
     assert found.report(tmp_path / "report.html").is_file() and "wild" not in repr(found.map())
+
+
+def test_the_untrained_network_is_read_as_the_settings_are(tmp_path):
+    reading = {"plain": {}, "whitened": dict(whiten=True), "longer": dict(epochs=3)}
+    base = Config.preset("nano", depth=1, epochs=2, batch_size=8)
+    found = compare_losses(synthesize(n=8, classes=4), reading, base=base, fraction=0.4, out=tmp_path, quiet=True)
+    first, white = UNTRAINED, f"{UNTRAINED}, whiten=True"
+    assert [name for name in found.table.index if name.startswith(UNTRAINED)] == [first, white]
+    rows = {result.setting: result.x for result in found.baselines}
+    assert rows[white].shape[1] < rows[first].shape[1] == base.embed_dim
+    trained = {path.parent.parent.name for path in tmp_path.glob("*/seed0/history.csv")}
+    assert trained == {"plain", "longer"}, "a read-out costs a training of its own"
+    assert Comparison.load(tmp_path).same_as(found)
