@@ -282,7 +282,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        patches: Tensor, # (B, N, patch_dim) all patches, or (B, visible, patch_dim) the visible ones
+        patches: Tensor, # (B, N, patch_dim) all patches
         ids_keep: Tensor | None = None, # (B, visible) indices of the visible patches; None for all, in order
         key_padding_mask: Tensor | None = None, # (B, N or visible) True for patches of padding
         layers: tuple[int, ...] = (), # numbers of the blocks, from 1, whose outputs are averaged; () for the last one
@@ -290,8 +290,7 @@ class Encoder(nn.Module):
         "Encode the visible patches."
         pos, angles = self.pos_embed[:, 1:], self.angles  # (1, N, D), (1 + N, d / 2)
         if ids_keep is not None:
-            pos = take(pos.expand(ids_keep.shape[0], -1, -1), ids_keep)
-            patches = patches if patches.shape[1] == ids_keep.shape[1] else take(patches, ids_keep)
+            patches, pos = take(patches, ids_keep), take(pos.expand(ids_keep.shape[0], -1, -1), ids_keep)
             if angles is not None:
                 ids = torch.cat([torch.zeros_like(ids_keep[:, :1]), ids_keep + 1], dim=1)
                 angles = angles[ids]  # (B, 1 + visible, d / 2)
@@ -463,18 +462,6 @@ def other_patches(
     return split_by_noise(hidden_first, int((mask[0] == 0).sum()))[0]
 
 
-def encode_views(
-    encoder: Encoder,
-    views: list[Tensor], # (B, N, patch_dim) patches of each view
-    ids: list[Tensor], # (B, visible) indices of the visible patches of each view
-) -> list[Tensor]: # (B, 1 + visible, D) tokens of each view
-    "Encode the visible patches of all views in one batch."
-    if len(views) == 1:
-        return [encoder(views[0], ids[0])]
-    visible = torch.cat([take(patches, kept) for patches, kept in zip(views, ids, strict=True)])
-    return list(encoder(visible, torch.cat(ids)).chunk(len(views)))
-
-
 # %% ../nbs/02_model.ipynb #437c0846
 class MaskedAutoencoder(nn.Module):
     "Encoder, decoder and losses: all that training needs. Source: arXiv 2507.10464, arXiv 2111.06377."
@@ -515,7 +502,8 @@ class MaskedAutoencoder(nn.Module):
         if cfg.use_contrastive_loss and (labels is None or view2 is not None):
             views.append(patches if view2 is None else self.patchify(view2))
             ids.append(other_patches(mask, noise))  # (B, visible)
-        latent, *second = encode_views(self.encoder, views, ids)  # (B, 1 + visible, D) each
+        together = torch.cat(views) if len(views) > 1 else patches  # one batch
+        latent, *second = self.encoder(together, torch.cat(ids)).chunk(len(views))  # (B, 1 + visible, D) each
         share = cfg.decode_ratio if self.training else 1.0
         pred, error = reconstruct(self.decoder, latent, patches, (ids_keep, mask, noise), share, cfg.norm_pix_loss)
         rows = [extract_embeddings(tokens, cfg.pooling_mode, cfg.grid_size, ids_keep=kept)

@@ -115,7 +115,7 @@ def _begin(out: Path, command: str):
 def whitened(
     out: str | os.PathLike, # folder of a finished run
     cfg: Config, # its config
-    parts: Parts | None, # its recordings; needed if the config says `whiten`
+    parts: Callable[[], Parts], # opens its recordings, if they are needed
     device, # device of the model
     quiet: bool = False, # whether progress is hidden
 ) -> "AudioMAEPlusPlus":
@@ -126,7 +126,7 @@ def whitened(
     def whiten():
         model = AudioMAEPlusPlus.from_pretrained(out, device)
         if cfg.whiten and model.whitening is None:
-            whiten_model(model, parts.train, device, quiet).write(out)
+            whiten_model(model, parts().train, device, quiet).write(out)
 
     on_main(whiten)
     return AudioMAEPlusPlus.from_pretrained(out, device)
@@ -157,8 +157,8 @@ def train_run(
                 if trainer.accelerator.is_main_process and not quiet:
                     done = trainer.state.epoch
                     print(f"already finished: {done} epochs; train longer with epochs={2 * done} (--epochs {2 * done})")
-                parts = open_again(out, cfg, quiet) if cfg.whiten else None
-                return whitened(out, cfg, parts, trainer.device, quiet), trainer.history
+                model = whitened(out, cfg, lambda: open_again(out, cfg, quiet), trainer.device, quiet)
+                return model, trainer.history
             opened = open_again(out, cfg, quiet)
             on_main(lambda: claim(out, command, RUN_FILES, goes_on=True))
         else:
@@ -178,7 +178,7 @@ def train_run(
         validation = Validation(fitted, held, cfg)
         history = trainer.fit(ClipLoader(fitted, cfg), validation, validation.best_by)
         trainer.accelerator.wait_for_everyone()
-        return whitened(out, cfg, parts, trainer.device, quiet), history
+        return whitened(out, cfg, lambda: parts, trainer.device, quiet), history
 
 
 def _renamed(history: "History") -> "History":

@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from audiomaepp import Config, Run, cli, train
-from audiomaepp.run import hints
+from audiomaepp.run import hints, train_run
 from audiomaepp.source import Source, load_source, open_source
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer
@@ -365,3 +365,23 @@ def test_some_clips_may_have_no_label(sounds, tmp_path):
     run = Run.train(tmp_path / "list.csv", out=tmp_path / "run", fold=2, quiet=True, **TINY)
     assert sum(label is None for part in run.data[:2] for label in part.table["label"]) == 5
     assert "kNN-10" in run.map(quiet=True).payload["settings"][0]["numbers"]
+
+
+def test_a_whitening_that_a_kill_left_out_is_fitted_when_the_run_goes_on(tmp_path):
+    sounds, out = tmp_path / "sounds", tmp_path / "run"
+    for i, name in enumerate(("low", "high")):
+        (sounds / name).mkdir(parents=True)
+        for k in range(12):
+            wave = np.sin(np.arange(16000) * (0.05 + 0.2 * i + 0.003 * k)) * 0.3
+            soundfile.write(sounds / name / f"{k}.wav", wave, 16000)
+    cfg, source = Config.preset("nano", depth=1, epochs=1, batch_size=8, whiten=True), Source(str(sounds))
+    model, _ = train_run(cfg, source, out, quiet=True)
+    assert model.whitening is not None and Run(out).model.embedding_dim == model.embedding_dim < cfg.embed_dim
+    weight = model.whitening.weight.clone()
+    model.whitening = None
+    model.write(out)  # the state between the last step and the whitening
+    again, _ = train_run(cfg, source, out, resume=True, quiet=True)
+    assert torch.equal(again.whitening.weight, weight) and Run(out).model.whitening is not None
+    shutil.rmtree(sounds)
+    finished, _ = train_run(cfg, source, out, resume=True, quiet=True)
+    assert finished.whitening is not None, "a finished run needs no sounds"

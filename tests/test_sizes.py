@@ -8,7 +8,7 @@ import torch
 
 from audiomaepp.config import Config
 from audiomaepp.features import build_frontend
-from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.model import AudioMAEPlusPlus, Encoder
 
 SIZES = [((384, 384), (16, 16)), ((448, 448), (32, 32)), ((200, 80), (4, 16)), ((1024, 128), (16, 16))]
 NAMES = [f"{t}x{m}" for (t, m), _ in SIZES]
@@ -135,3 +135,12 @@ def test_another_size_at_the_model_is_named():
     model = AudioMAEPlusPlus(Config.preset("nano", depth=1))
     with pytest.raises(ValueError, match=r"\(batch, 1, 200, 80\).*\(1, 1, 80, 200\)"):
         model(torch.zeros(1, 1, 80, 200))
+
+
+def test_tokens_follow_the_order_of_the_places_that_are_asked_for():
+    torch.manual_seed(0)
+    cfg = Config.preset("nano", depth=1)
+    encoder, patches = Encoder(cfg).eval(), torch.randn(2, cfg.num_patches, cfg.patch_dim)
+    order = torch.randperm(cfg.num_patches).expand(2, -1)
+    whole, shuffled = encoder(patches)[:, 1:], encoder(patches, order)[:, 1:]
+    torch.testing.assert_close(shuffled, whole[:, order[0]], atol=1e-5, rtol=1e-4)
