@@ -37,7 +37,8 @@ class HearModel(nn.Module):
         self.model, self.frontend, self.batch_size = model.eval(), build_frontend(cfg).eval(), batch_size
         self.sample_rate = self.sampling_rate = cfg.sample_rate  # Hz; HEAR's name, X-ARES's name
         self.timestamp_embedding_size = self.output_dim = cfg.grid_size[1] * cfg.embed_dim
-        self.has_read_out = model.whitening is not None or cfg.add_statistics or bool(cfg.embedding_layers)
+        chosen = cfg.embedding_pooling != "training" or cfg.add_statistics or cfg.embedding_layers
+        self.has_read_out = model.whitening is not None or bool(chosen)
         self.scene_embedding_size = model.embedding_dim if self.has_read_out else self.timestamp_embedding_size
         self.hop_size_in_ms = 1000 * cfg.patch_size[0] * cfg.hop_length / cfg.sample_rate
 

@@ -254,6 +254,15 @@ class PlainBlock(nn.Module):
 
 _BLOCKS = {"macaron": MacaronBlock, "plain": PlainBlock}
 
+# %% ../nbs/02_model.ipynb #02c0c001
+def compile_blocks(
+    model: nn.Module, # model with transformer blocks
+):
+    "Compile each transformer block in place; the names of the weights do not change."
+    for module in model.modules():
+        if isinstance(module, tuple(_BLOCKS.values())):
+            module.compile()
+
 # %% ../nbs/02_model.ipynb #6d0b0016
 def take(
     x: Tensor, # (B, N, D) tokens

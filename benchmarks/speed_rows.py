@@ -71,9 +71,8 @@ def train_part(kind, cfg, precision, device, compiled=False, half=False):
     torch.manual_seed(0)
     peer, spec = kind(cfg), torch.randn(cfg.batch_size, cfg.in_chans, *cfg.img_size, device=device)
     if kind is Ours:
-        if compiled:
-            peer.module.compile()
-        trainer = Trainer(cfg.replace(precision="bf16" if precision == "bf16" else "fp32"), peer.module, quiet=True)
+        cfg = cfg.replace(precision="bf16" if precision == "bf16" else "fp32", compile=compiled)
+        trainer = Trainer(cfg, peer.module, quiet=True)
         return Part(lambda: trainer.engine.step([{"spec": spec}], 0, cfg.lr), cfg.batch_size)
     peer.module.to(device).train()
     optimizer = torch.optim.AdamW(peer.module.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)

@@ -27,10 +27,17 @@ from audiomaepp.features import build_frontend
 from audiomaepp.files import write_atomic
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.train import Trainer
+from audiomaepp.validation import whitened
 
 TRIALS = Path(__file__).with_name("trials.csv")
 NAMES = {"esc10": "ESC-10", "fsdd": "FSDD, 8 kHz"}  # as they stand in the table
-POOLING = {"mean": "", "cls": "_cls", "cls+mean": "_cls_mean", "frame": "_frame"}  # → ending of knn and linear
+READ_OUTS = {  # ending of knn and linear → settings; each also whitened
+    "": dict(embedding_pooling="mean"),
+    "_frame": dict(embedding_pooling="frame"),
+    "_frame_std": dict(embedding_pooling="frame+std"),
+    "_statistics": dict(embedding_pooling="mean", add_statistics=True),
+    "_frame_std_statistics": dict(embedding_pooling="frame+std", add_statistics=True),
+}
 
 
 def parsed(text: str) -> tuple[str, object]:
@@ -63,13 +70,16 @@ def trained(cfg: Config, recordings) -> tuple[AudioMAEPlusPlus, float]:
 
 
 def scored(model: AudioMAEPlusPlus, train, held: dict) -> dict[str, dict]:
-    """kNN and linear probe of each part, in each way of pooling."""
-    embed, scores = EmbeddingGenerator(model), {name: {} for name in held}
-    for pooling, ending in POOLING.items():
-        x = embed.embed_recordings(train, pooling)[0]
-        for name, part in held.items():
-            found = evaluate_embeddings(x, train.labels, embed.embed_recordings(part, pooling)[0], part.labels)
-            scores[name] |= {k + ending: round(found[k], 3) for k in ("knn", "linear")}
+    """kNN and linear probe of each part, in each read-out, plain and whitened."""
+    scores, cfg = {name: {} for name in held}, model.cfg
+    for ending, read_out in READ_OUTS.items():
+        model.cfg = cfg.replace(**read_out, whiten=False)
+        embed = EmbeddingGenerator(model)
+        x, *others = (embed.embed_recordings(part)[0] for part in (train, *held.values()))
+        for name, y in zip(held, others, strict=True):
+            for kind, pair in (("", (x, y)), ("_whitened", whitened(x, y))):
+                found = evaluate_embeddings(pair[0], train.labels, pair[1], held[name].labels)
+                scores[name] |= {k + ending + kind: round(found[k], 3) for k in ("knn", "linear")}
     return scores
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.features import build_frontend
-from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.model import AudioMAEPlusPlus, MacaronBlock
 from audiomaepp.run import train_run
 from audiomaepp.source import Source
 from audiomaepp.synthetic import synthesize
@@ -150,3 +151,29 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, changes):
 
 if __name__ == "__main__":
     run_to_be_killed(*sys.argv[1:])
+
+
+# ---- compiled
+
+
+def compiled(trainer):
+    return [m._compiled_call_impl is not None for m in trainer.model.modules() if isinstance(m, MacaronBlock)]
+
+
+def test_compile_is_a_switch():
+    assert compiled(Trainer(config(compile=True), quiet=True)) == [True] * 2
+    assert compiled(Trainer(config(), quiet=True)) == [False] * 2
+
+
+@pytest.mark.slow  # a minute or two, for the compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_blocks_learn_the_same(tmp_path):
+    """Otherwise a setting for speed would be one for another model."""
+    runs = {}
+    for name, changes in {"plain": {}, "compiled": dict(compile=True)}.items():
+        cfg, loader, transform = parts(**changes)
+        trainer = Trainer(cfg.replace(epochs=2), out_dir=tmp_path / name, transform=transform, quiet=True)
+        runs[name] = trainer.fit(loader).rows[-1]["loss"], trainer.model.state_dict()
+    (loss, weights), (other_loss, other) = runs.values()
+    assert list(weights) == list(other) and abs(loss - other_loss) < 1e-3
+    assert not all(torch.equal(weights[n], other[n]) for n in weights)  # other sums: it was compiled
