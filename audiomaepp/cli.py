@@ -836,7 +836,9 @@ def parse(
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}; {hint}"
                          "--preset without a name describes them")
-    start = dict(config=Config.preset(preset), preset=preset)
+    pooled = any(word.startswith("--pooling-mode") for word in argv) # then embeddings follow it
+    usual = Config.preset(preset, embedding_pooling="training") if pooled else Config.preset(preset)
+    start = dict(config=usual, preset=preset)
     short = {"-h", "--help"} & set(argv) and "--help-all" not in argv
     kinds = []
     for name, cls in _COMMANDS.items():

@@ -403,6 +403,14 @@ class _Training(_Group):
         "Learning rate in use, for one process: `base_lr` times clips per step / 256."
         return self.base_lr * self.batch_size * self.accum_steps / 256
 
+# %% ../nbs/00_config.ipynb #00c12001
+def follow_pooling(
+    changes: dict, # changes of settings
+) -> dict:
+    "Return the changes; embeddings are pooled as in training if they choose a `pooling_mode` for it and nothing else."
+    alone = "pooling_mode" in changes and "embedding_pooling" not in changes
+    return {**changes, "embedding_pooling": "training"} if alone else changes
+
 # %% ../nbs/00_config.ipynb #349c3bc8
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Config(_Training, _Augmentation, _FrontEnd, _ReadOut, _Losses, _Masking, _Model, _Image):
@@ -454,8 +462,8 @@ class Config(_Training, _Augmentation, _FrontEnd, _ReadOut, _Losses, _Masking, _
 
     @classmethod
     def preset(cls, name: str = "tiny", **overrides) -> "Config":
-        "Return a named config (see `PRESETS`) with some settings changed."
-        return cls.from_dict({**_preset(name), **overrides})
+        "Return a named config (see `PRESETS`) with some settings changed; embeddings follow a new pooling mode."
+        return cls.from_dict({**_preset(name), **follow_pooling(overrides)})
 
     def __repr__(self):
         return f"Config({', '.join(f'{k}={v!r}' for k, v in self.diff().items())})"
@@ -519,13 +527,17 @@ _SIZES = {
     "tiny": _size(192, 12, 3), "small": _size(384, 12, 6), "medium": _size(512, 12, 8), "base": _size(768, 12, 12),
     "large": _size(1024, 24, 16, 512), "huge": _size(1280, 32, 16, 512),
 }
-_OFFICIAL = dict(mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss=False, batch_size=1024, epochs=110)
+_OFFICIAL = dict(
+    mask_ratio=0.8, use_contrastive_loss=False, use_uniformity_loss=False, batch_size=1024, epochs=110,
+    fused_optimizer=True,
+)
 _SEMANTIC = dict(
     _size(128, 2, 4, 64), decoder_depth=1, decoder_num_heads=4, img_size=(496, 80), patch_size=(16, 16),
     mask_ratio=0.75, normalize="dataset", spec_mean=-5.15, spec_std=3.0, embedding_norm="batch", contrastive_weight=2.0,
     contrastive_temperature=0.3, mask_padding=False, grid_shifts=4, roll=True, mix=0.5, gain_db=6.0, spec_filter=0.3,
     stretch_time=0.2, stretch_mel=0.1, shift_mel=3.0, spec_time_mask=60, spec_freq_mask=12, epochs=150,
-    warmup_epochs=15, batch_size=48, base_lr=4e-3,
+    warmup_epochs=15, batch_size=48, base_lr=4e-3, cache_features=True, fused_optimizer=True,
+    embedding_pooling="frame+std", add_statistics=True, whiten=True,
 )
 _WORDS = dict(
     _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
@@ -539,11 +551,11 @@ _UNLABELLED = dict(
 )
 PRESETS = {
     "semantic": _SEMANTIC,
-    "semantic_unlabelled": _SEMANTIC | _UNLABELLED | dict(epochs=90, warmup_epochs=9),
+    "semantic_unlabelled": _SEMANTIC | _UNLABELLED | dict(epochs=135, warmup_epochs=13),
     "words": _WORDS,
     "words_unlabelled": _WORDS | _UNLABELLED | dict(
         depth=4, contrastive_temperature=0.1, stretch_time=0.3, stretch_mel=0.2, shift_mel=5.0, batch_size=128,
-        epochs=50, warmup_epochs=5,
+        epochs=75, warmup_epochs=7,
     ),
     "nano": dict(
         _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, patch_size=(8, 16), mask_ratio=0.5,

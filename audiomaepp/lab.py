@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import audiomaepp
 from .batches import Augment, ClipLoader
-from .config import POOLING_MODES, READ_OUT, Config
+from .config import POOLING_MODES, READ_OUT, Config, follow_pooling
 from .data import Recordings, Skipped, check_columns, drop_unreadable, open_recordings, split
 from .embed import EmbeddingGenerator
 from .evaluate import chance, evaluate_embeddings, knn_predict, nearest_rows
@@ -416,6 +416,8 @@ def design(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds!r} must be different whole numbers; use seeds=(0, 1, 2)")
     named = name_settings(settings)
+    if base.embedding_pooling != "training":
+        named = {name: follow_pooling(fields) for name, fields in named.items()}
     for name, fields in named.items():
         try:
             for seed in seeds:

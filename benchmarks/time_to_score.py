@@ -3,9 +3,10 @@
     python benchmarks/time_to_score.py --data ../shared/data/esc10 synthetic --before PATH --out runs/time_to_score
 
 A budget is a part of a recipe's epochs, with its own whole learning-rate schedule, so each point of a curve is the end
-of a training and not a moment of a longer one. Every fold (or speaker) is held out once; the last weights are scored
-with the recipe's own read-out, kNN-10 and linear probe. Seconds are processor time of one thread, from the first batch
-to the last step: scoring is left out, decoding and front end are not. A shared or busy machine changes them little.
+of a training and not a moment of a longer one. Every fold (or speaker), or the first --parts of them, is held out once;
+the last weights are scored with the recipe's own read-out, kNN-10 and linear probe. Seconds are processor time of one
+thread, from the first batch to the last step: scoring is left out, decoding and front end are not. A shared or busy
+machine changes them little.
 
 The recipes:
     released   the settings of the released AudioMAE++ (mask ratio 0.8, no embedding losses, its front end and patches,
@@ -23,11 +24,13 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-BUDGETS = (0.125, 0.25, 0.5, 1.0)
 MODES = ("without labels", "with labels")
-RECIPES = ("released", "before", "now")
+RECIPES = {  # → parts of its epochs to train for
+    "released": (0.125, 0.25, 0.5, 1.0), "before": (0.125, 0.25, 0.5, 1.0), "now": (0.0625, 0.125, 0.25, 0.5, 1.0),
+}
 
 
 # ---- one training, in a process of its own: it imports the package of the recipe's commit
@@ -95,9 +98,11 @@ def jobs_of(args):
     """Every training, cheapest budgets first."""
     from quality import opened, parts_of
 
+    budgets = {recipe: args.budgets or RECIPES[recipe] for recipe in args.recipes}
     return [dict(data=source, mode=mode, recipe=recipe, budget=budget, part=str(part), seed=seed)
-            for budget in sorted(args.budgets) for source in args.data for part in parts_of(opened(source))
-            for mode in args.modes for seed in args.seeds for recipe in args.recipes]
+            for budget in sorted({b for some in budgets.values() for b in some}) for source in args.data
+            for part in parts_of(opened(source))[: args.parts] for mode in args.modes for seed in args.seeds
+            for recipe in args.recipes if budget in budgets[recipe]]
 
 
 def run(job, args):
@@ -174,7 +179,7 @@ def draw(report, path):
 
 def show(title, part):
     """Print one table."""
-    print(f"\n{title}\n{'':10}" + "".join(f"{f'{b:g} of the epochs':>24}" for b in part["budgets"]))
+    print(f"\n{title}: seconds, kNN-10 / linear, of the cheapest to the longest training")
     for recipe, points in part["curves"].items():
         print(f"{recipe:10}" + "".join(f"{f'{s:.0f} s {k:.3f} / {li:.3f}':>24}" for s, k, li in points))
     for name, found in part["equal"].items():
@@ -187,8 +192,10 @@ def main():
     parser.add_argument("--data", nargs="+", default=["synthetic"], help="sources that quality.py takes")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="the last one is the base")
+    parser.add_argument("--parts", type=int, help="hold out only so many folds or speakers, the first ones")
     parser.add_argument("--before", help="checkout of the commit whose presets are compared")
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--budgets", nargs="+", type=float, help="for every recipe; default: see RECIPES")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", default="runs/time_to_score")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -202,12 +209,15 @@ def main():
                      "use it, or --recipes released now")
     from tqdm import tqdm
 
-    rows = [run(job, args) for job in tqdm(jobs_of(args), unit="run")]
+    jobs = jobs_of(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(tqdm(pool.map(lambda job: run(job, args), jobs), total=len(jobs), unit="run"))
     report = {}
     for data, mode in dict.fromkeys((row["data"], row["mode"]) for row in rows):
         part = [row for row in rows if (row["data"], row["mode"]) == (data, mode)]
         curves = {recipe: curve([row for row in part if row["recipe"] == recipe]) for recipe in args.recipes}
-        report[f"{data}, {mode}"] = dict(budgets=sorted(args.budgets), curves=curves, equal=compare(curves))
+        report[f"{data}, {mode}"] = dict(parts=sorted({row["part"] for row in part}), seeds=args.seeds, curves=curves,
+                                         equal=compare(curves))
         show(f"{data}, {mode}", report[f"{data}, {mode}"])
     (Path(args.out) / "time_to_score.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report, Path(args.out) / "time_to_score.png")
