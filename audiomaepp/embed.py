@@ -212,7 +212,7 @@ def fingerprint(
 ) -> str: # 12 hexadecimal digits
     "Return a hash of the weights and the settings of a model."
     settings, usual = model.cfg.to_dict(), Config().to_dict()
-    unused = "snapshots", "decode_ratio", "whiten", "cache_features", "fused_optimizer", "compile"
+    unused = "snapshots", "decode_ratio", "whiten", "cache_features", "fused_optimizer", "compile", "recompute"
     new = [n for n in ("embedding_pooling", "embedding_layers", "add_statistics") if settings[n] == usual[n]]
     for name in (*unused, *new):  # without effect, and newer than many tables of embeddings
         settings.pop(name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import Config
 from audiomaepp.losses import (
@@ -254,6 +255,17 @@ class PlainBlock(nn.Module):
 
 _BLOCKS = {"macaron": MacaronBlock, "plain": PlainBlock}
 
+# %% ../nbs/02_model.ipynb #02c0c002
+def through(
+    block: nn.Module, # transformer block
+    *inputs: Tensor | None, # tokens (B, L, D), angles, padding mask
+    recompute: bool = False, # whether its activations are computed again in the backward pass, and not kept
+) -> Tensor: # (B, L, D)
+    "Return the output of a block."
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
 # %% ../nbs/02_model.ipynb #02c0c001
 def compile_blocks(
     model: nn.Module, # model with transformer blocks
@@ -280,6 +292,7 @@ class Encoder(nn.Module):
         cfg: Config, # sizes of the encoder
     ):
         super().__init__()
+        self.recompute = cfg.recompute
         self.patch_embed = nn.Linear(cfg.patch_dim, cfg.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
         block = _BLOCKS[cfg.block]
@@ -312,7 +325,7 @@ class Encoder(nn.Module):
             key_padding_mask = F.pad(key_padding_mask, (1, 0), value=False)  # CLS is never padding
         outputs = []
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, angles, key_padding_mask)
+            x = through(block, x, angles, key_padding_mask, recompute=self.recompute)
             outputs += [self.norm(x)] if number in layers else []
         return torch.stack(outputs).mean(dim=0) if layers else self.norm(x)
 
@@ -325,6 +338,7 @@ class Decoder(nn.Module):
         cfg: Config, # sizes of the decoder
     ):
         super().__init__()
+        self.recompute = cfg.recompute
         dim, heads, block = cfg.decoder_embed_dim, cfg.decoder_num_heads, _BLOCKS[cfg.block]
         self.embed = nn.Linear(cfg.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -354,7 +368,7 @@ class Decoder(nn.Module):
             x = torch.cat([x, hidden], dim=1) + take(pos.expand(b, -1, -1), ids)  # (B, 1 + visible + n, dim)
             angles = None if angles is None else angles[0, ids]
         for block in self.blocks:
-            x = block(x, angles)
+            x = through(block, x, angles, recompute=self.recompute)
         return self.pred(self.norm(x))[:, -n:] if ids_pred is None else self.pred(self.norm(x[:, -n:]))
 
 

@@ -153,6 +153,23 @@ if __name__ == "__main__":
     run_to_be_killed(*sys.argv[1:])
 
 
+# ---- computed again
+
+
+def test_recomputed_blocks_learn_the_same_from_less_memory():
+    """A setting for memory must not change the model; one that keeps everything would be a setting for nothing."""
+    kept, gradients = {}, {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = AudioMAEPlusPlus(config(depth=4, decoder_depth=4, recompute=again))
+        spec, sizes = torch.randn(8, 1, *model.cfg.img_size), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            loss = model(spec, torch.arange(8) // 2).loss
+        loss.backward()
+        kept[again], gradients[again] = sum(sizes), [p.grad for p in model.parameters()]
+    assert all(map(torch.equal, *gradients.values())) and kept[True] < 0.3 * kept[False]
+
+
 # ---- compiled
 
 
