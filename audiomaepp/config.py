@@ -556,7 +556,7 @@ PRESETS = {
     "words": _WORDS,
     "words_unlabelled": _WORDS | _UNLABELLED | dict(
         depth=4, contrastive_temperature=0.1, stretch_time=0.3, stretch_mel=0.2, shift_mel=5.0, batch_size=128,
-        epochs=75, warmup_epochs=7,
+        epochs=60, warmup_epochs=6,
     ),
     "nano": dict(
         _size(128, 4, 4, 128), decoder_depth=1, decoder_num_heads=4, patch_size=(8, 16), mask_ratio=0.5,
