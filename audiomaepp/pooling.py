@@ -137,15 +137,13 @@ def spectrogram_statistics(
 
 
 # %% ../nbs/03_pooling.ipynb #03a00004
-WHITENING_POWER, MOST_COMPONENTS = 0.75, 256
-
-
 def whitening_size(
     clips: int, # number of embeddings to fit on
     width: int, # length of an embedding
-) -> int:
-    "Return how many components to keep: a power of two, at most a quarter of the clips (or 8), and at most 256."
-    return 2 ** int(math.log2(min(max(8, clips // 4), width, MOST_COMPONENTS)))
+) -> tuple[int, int]:
+    "Return how many components to keep, a power of two, and how many of them to divide by their own deviations."
+    size = 2 ** int(math.log2(min(max(8, clips // 2), width, 512)))
+    return size, min(size, max(8, clips // 8), 128)
 
 
 class Whitening(nn.Module):
@@ -164,12 +162,11 @@ class Whitening(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return (x.float() - self.mean) @ self.weight
 
-
 # %% ../nbs/03_pooling.ipynb #03a00007
 def fit_whitening(
     x, # (n, D) embeddings of training clips; labels are not used
     size: int | None = None, # number of components, a power of two; default: `whitening_size`
-    power: float = WHITENING_POWER, # power of the deviations, from 0 (only a rotation) to 1 (equal deviations)
+    power: float = 0.75, # power of the deviations, from 0 (only a rotation) to 1 (equal deviations)
 ) -> Whitening:
     "Fit the whitening of embeddings. Raises `ValueError` for fewer than two embeddings or a size that is impossible."
     from scipy.linalg import eigh, hadamard
@@ -178,7 +175,8 @@ def fit_whitening(
     if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
         raise ValueError(f"x must be finite embeddings of at least 2 clips, (n, D), got {tuple(x.shape)}; use the "
                          "embeddings of the training clips")
-    (clips, width), wanted = x.shape, size or whitening_size(*x.shape)
+    (clips, width), (wanted, divided) = x.shape, whitening_size(*x.shape)
+    wanted = size or wanted
     std, mean = torch.std_mean(x, dim=0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp(min=1e-12), 0.0)  # constant numbers are left out
     x = (x - mean) * scale
@@ -194,8 +192,8 @@ def fit_whitening(
     variance, directions = variance[-size:].flip(0).clamp(min=1e-12), directions[:, -size:].flip(1)
     directions = x.T @ directions / (clips * variance).sqrt() if clips < width else directions  # (D, size)
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()  # a defined sign
+    deviations = variance.clamp(min=variance[min(divided, size) - 1]).sqrt()
     rotation = torch.from_numpy(hadamard(size) / math.sqrt(size))
     fitted = Whitening(width, size)
-    fitted.mean, fitted.weight = mean.float(), (scale[:, None] * directions / variance.sqrt()**power @ rotation).float()
+    fitted.mean, fitted.weight = mean.float(), (scale[:, None] * directions / deviations**power @ rotation).float()
     return fitted
-
