@@ -350,5 +350,6 @@ def test_tables_of_embeddings_are_not_stale_because_of_the_setting():
     assert fingerprint(model) == before
 
 
-def test_the_cache_is_off_by_default_and_no_preset_has_it():
-    assert not any(Config.preset(name).cache_features for name in PRESETS)
+def test_the_cache_is_off_by_default_and_on_in_the_presets_for_small_sets():
+    own = {"semantic", "semantic_unlabelled", "words", "words_unlabelled"}
+    assert {name for name in PRESETS if Config.preset(name).cache_features} == own and not Config().cache_features
