@@ -836,7 +836,7 @@ def parse(
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}; {hint}"
                          "--preset without a name describes them")
-    pooled = any(word.startswith("--pooling-mode") for word in argv) # then embeddings follow it
+    pooled = any(re.match("--pooling[-_]mode(=|$)", word) for word in argv) # then embeddings follow it
     usual = Config.preset(preset, embedding_pooling="training") if pooled else Config.preset(preset)
     start = dict(config=usual, preset=preset)
     short = {"-h", "--help"} & set(argv) and "--help-all" not in argv

@@ -408,7 +408,7 @@ class _Training(_Group):
 def follow_pooling(
     changes: dict, # changes of settings
 ) -> dict:
-    "Return the changes; embeddings are pooled as in training if they choose a `pooling_mode` for it and nothing else."
+    "Return the changes; if they choose only a `pooling_mode`, embeddings are pooled as in training."
     alone = "pooling_mode" in changes and "embedding_pooling" not in changes
     return {**changes, "embedding_pooling": "training"} if alone else changes
 

@@ -266,15 +266,6 @@ def through(
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
 
-# %% ../nbs/02_model.ipynb #02c0c001
-def compile_blocks(
-    model: nn.Module, # model with transformer blocks
-):
-    "Compile each transformer block in place; the names of the weights do not change."
-    for module in model.modules():
-        if isinstance(module, tuple(_BLOCKS.values())):
-            module.compile()
-
 # %% ../nbs/02_model.ipynb #6d0b0016
 def take(
     x: Tensor, # (B, N, D) tokens
@@ -287,12 +278,13 @@ def take(
 class Encoder(nn.Module):
     "Embed patches, add positions, run the blocks."
 
+    recompute = False # see `prepare_blocks`
+
     def __init__(
         self,
         cfg: Config, # sizes of the encoder
     ):
         super().__init__()
-        self.recompute = cfg.recompute
         self.patch_embed = nn.Linear(cfg.patch_dim, cfg.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
         block = _BLOCKS[cfg.block]
@@ -333,12 +325,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     "Fill hidden places with mask tokens, run the blocks, predict every patch."
 
+    recompute = False # see `prepare_blocks`
+
     def __init__(
         self,
         cfg: Config, # sizes of the decoder
     ):
         super().__init__()
-        self.recompute = cfg.recompute
         dim, heads, block = cfg.decoder_embed_dim, cfg.decoder_num_heads, _BLOCKS[cfg.block]
         self.embed = nn.Linear(cfg.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -371,6 +364,18 @@ class Decoder(nn.Module):
             x = through(block, x, angles, recompute=self.recompute)
         return self.pred(self.norm(x))[:, -n:] if ids_pred is None else self.pred(self.norm(x[:, -n:]))
 
+
+# %% ../nbs/02_model.ipynb #02c0c003
+def prepare_blocks(
+    model: nn.Module, # model to train, with an encoder or a decoder in it
+    cfg: Config, # `recompute` and `compile`
+):
+    "Let the blocks be computed again in the backward pass, and compile them in place, as the config says."
+    for module in model.modules():
+        if isinstance(module, Encoder | Decoder):
+            module.recompute = cfg.recompute
+        if cfg.compile and isinstance(module, tuple(_BLOCKS.values())):
+            module.compile()
 
 # %% ../nbs/02_model.ipynb #02d00002
 def part_of_hidden(

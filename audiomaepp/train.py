@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from .config import Config
 from .files import OutputError, Stopped, make_folder, naming, only_writer, read_header, stopping, write_atomic
 from .losses import rankme, uniformity_loss
-from .model import AudioMAEPlusPlus, compile_blocks
+from .model import AudioMAEPlusPlus, prepare_blocks
 from .tables import cell_text, html_table, text_table
 from audiomaepp.weights import (
     check_shapes,
@@ -211,8 +211,7 @@ class _Engine:
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         torch.manual_seed(cfg.seed)
         model = (model or AudioMAEPlusPlus(cfg)).train()
-        if cfg.compile:
-            compile_blocks(model)
+        prepare_blocks(model, cfg)
         groups = getattr(model, "param_groups", partial(param_groups, model))(cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=cfg.fused_optimizer or None)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

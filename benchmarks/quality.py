@@ -8,10 +8,10 @@ out. In each run, all other clips are trained on and the last weights are scored
 The presets were chosen in earlier trials on inner splits (trials.csv, trial.py). On ESC-10, folds 1, 3 and 4 took part
 in trials, folds 2 and 5 did not. On the digits, all six speakers took part in the trials that chose the cut of the
 front end (`top_db`), each judged by models that were not trained on that speaker; before the cut, the digits gave
-0.80 / 0.80 with labels and 0.54 / 0.62 without (kNN-10 / linear probe, one seed). The read-outs were compared on pairs
-of speakers as well. The number of epochs and all other changes were chosen on other recordings: nine speakers of the
-Arabic speech commands, of whom five were trained on and four judged. No trial was made on the built-in sounds, nor on
-Coswara (coswara.py), which was first scored when everything was chosen.
+0.80 / 0.80 with labels and 0.54 / 0.62 without (kNN-10 / linear probe, one seed). The read-outs and their whitening
+were compared on pairs of speakers as well. All other changes for words were chosen on other recordings: nine speakers
+of the Arabic speech commands, of whom five were trained on and four judged. No trial was made on the built-in sounds,
+nor on Coswara (coswara.py), which will be scored once, when everything is chosen.
 
 Finished runs in --out are skipped, so an interrupted benchmark resumes. `--data` takes any folder in ESC-50's layout, a
 table with the columns path, label and fold, a folder of spoken digits named like FSDD's (digit_speaker_number), or

@@ -77,9 +77,10 @@ def test_flags_win_over_the_preset_in_any_order(preset, first):
 
 @pytest.mark.parametrize("made", [
     lambda: cli.parse(["train", "--preset", "semantic", "--pooling-mode", "cls"]).config,
+    lambda: cli.parse(["train", "--preset=semantic", "--pooling_mode=cls"]).config,
     lambda: Config.preset("semantic", pooling_mode="cls"),
     lambda: design({"": dict(pooling_mode="cls")}, [0], "semantic", None).config("", 0),
-], ids=["command", "preset", "lab"])  # fmt: skip
+], ids=["command", "underscore", "preset", "lab"])  # fmt: skip
 def test_embeddings_follow_a_pooling_mode_that_is_chosen(made):
     """The preset has one of its own for embeddings: a choice for the training alone would seem to do nothing."""
     assert Config.preset("semantic").embedding_mode != "cls" and made().embedding_mode == "cls"

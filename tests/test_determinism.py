@@ -149,10 +149,6 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, changes):
         torch.set_num_threads(threads)
 
 
-if __name__ == "__main__":
-    run_to_be_killed(*sys.argv[1:])
-
-
 # ---- computed again
 
 
@@ -161,7 +157,8 @@ def test_recomputed_blocks_learn_the_same_from_less_memory():
     kept, gradients = {}, {}
     for again in (False, True):
         torch.manual_seed(0)
-        model = AudioMAEPlusPlus(config(depth=4, decoder_depth=4, recompute=again))
+        given = AudioMAEPlusPlus(cfg := config(depth=4, decoder_depth=4))  # also for a model that is fine-tuned
+        model = Trainer(cfg.replace(recompute=again), given, quiet=True).model
         spec, sizes = torch.randn(8, 1, *model.cfg.img_size), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
             loss = model(spec, torch.arange(8) // 2).loss
@@ -194,3 +191,7 @@ def test_compiled_blocks_learn_the_same(tmp_path):
     (loss, weights), (other_loss, other) = runs.values()
     assert list(weights) == list(other) and abs(loss - other_loss) < 1e-3
     assert not all(torch.equal(weights[n], other[n]) for n in weights)  # other sums: it was compiled
+
+
+if __name__ == "__main__":
+    run_to_be_killed(*sys.argv[1:])
