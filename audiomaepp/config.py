@@ -544,7 +544,7 @@ _WORDS = dict(
     _SEMANTIC, img_size=(64, 64), patch_size=(8, 16), mask_ratio=0.5, sample_rate=8000, n_fft=512, win_length=200,
     hop_length=80, f_max=4000.0, normalize="band", spec_std=2.0, top_db=45.0, top_db_jitter=15.0, roll=False, mix=0.0,
     gain_db=0.0, spec_filter=0.0, stretch_time=0.25, stretch_mel=0.15, shift_mel=4.0, spec_time_mask=0,
-    spec_freq_mask=0, epochs=120, warmup_epochs=12, batch_size=64,
+    spec_freq_mask=0, epochs=85, warmup_epochs=9, batch_size=64,
 )
 _UNLABELLED = dict(
     use_labels=False, views=2, contrastive_weight=1.0, use_uniformity_loss=False, stretch_time=0.25,
