@@ -81,9 +81,8 @@ class _Schedule:
         return self._length
 
     def __iter__(self):
-        start, self.start = self.start, 0 # the next iteration is a whole epoch
         even = self._length // self.world_size * self.world_size # the same number for every process
-        return iter(self.batches(self.epoch)[start:even][self.rank :: self.world_size])
+        return iter(self.batches(self.epoch)[self.start : even][self.rank :: self.world_size])
 
 # %% ../nbs/14_batches.ipynb #14c0de01
 class _Waves:
@@ -254,7 +253,8 @@ class ClipLoader:
         return len(self.schedule)
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in self._batches:
+        batches, self.schedule.start = iter(self._batches), 0 # the next iteration is a whole epoch
+        for batch in batches:
             self.lost.add(batch.pop("failed"))
             if len(self.lost.rows) > self.lost.most or (self.schedule.train and not len(batch["index"])):
                 raise self.lost.error()

@@ -464,6 +464,17 @@ def test_worker_count_does_not_matter(folder):
     assert same(runs[0], batches_of(cached, config(num_workers=2), epoch=1))
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_resumed_run_begins_in_the_middle_of_an_epoch(folder, workers):
+    """A new loader, whose first batches these are: with workers it began the epoch again."""
+    recordings, cfg = open_recordings(folder), config(num_workers=workers, batch_size=4)
+    whole = batches_of(recordings, cfg, epoch=1)
+    loader = ClipLoader(recordings, cfg, seed=0)
+    loader.set_epoch(1, 2)
+    assert same(list(loader), whole[2:])
+    assert same(list(loader), whole), "the next pass is a whole one"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipping_is_exact(folder, workers):
     recordings, cfg = open_recordings(folder), config(num_workers=workers, batch_size=4)
