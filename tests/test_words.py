@@ -69,14 +69,22 @@ def test_a_place_that_tells_the_digits_scores_tells_who_chose_the_cut(place):
     assert not re.search("(nothing|none) (is|was|of them) chosen? by the held-out clips", text, re.I)
 
 
+def lost():
+    "(data, how it was trained, our figure, that of the best baseline) wherever a preset is not above it."
+    return [(data, mode, ours, theirs) for data in QUALITY for mode in ("with labels", "without labels")
+            for ours, theirs in zip(figures(data, mode).split(" / "), best_baseline(data).split(" / "), strict=True)
+            if float(ours) <= float(theirs)]  # fmt: skip
+
+
 @pytest.mark.parametrize("place", ["README", "tutorial"])
-def test_no_place_hides_that_a_baseline_is_better(place):
-    """On the built-in sounds, kNN without labels is below that of the untrained network."""
-    table = QUALITY["synthetic"]["table"]
-    ours, theirs = (table[row]["knn"] for row in ("without labels", "untrained network, without labels"))
-    assert ours < theirs
+def test_no_place_hides_where_a_baseline_is_as_good(place):
+    """Both figures stand in one sentence, and the sentence is there only while it is true."""
     text = " ".join(PLACES[place].split())
-    assert f"{ours:.2f}" in text and f"{theirs:.2f}" in text and "one point below" in text
+    for _, mode, ours, theirs in lost():
+        assert re.search(rf"{ours}[^.|]*{theirs}|{theirs}[^.|]*{ours}", text), (mode, ours, theirs)
+    assert bool(lost()) == bool(re.search("points? below", text))
+    if re.search("[Ww]ith labels[*,]* the presets are above (it|every baseline) on all three sets", text):
+        assert not [mode for _, mode, *_ in lost() if mode == "with labels"]
 
 
 def test_what_the_tutorial_shows_of_the_files_beside_it_is_what_they_hold():
