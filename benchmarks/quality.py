@@ -13,9 +13,10 @@ were compared on pairs of speakers as well. All other changes for words were cho
 of the Arabic speech commands, of whom five were trained on and four judged. No trial was made on the built-in sounds,
 nor on Coswara (coswara.py), which will be scored once, when everything is chosen.
 
-Finished runs in --out are skipped, so an interrupted benchmark resumes. `--data` takes any folder in ESC-50's layout, a
-table with the columns path, label and fold, a folder of spoken digits named like FSDD's (digit_speaker_number), or
-"synthetic" (trained on one seed, held out another).
+quality.json in --out keeps the scores of every finished run, and each run has a folder with its checkpoint: an
+interrupted benchmark resumes, and more seeds can be added later, on another machine. `--data` takes any folder in
+ESC-50's layout, a table with the columns path, label and fold, a folder of spoken digits named like FSDD's
+(digit_speaker_number), or "synthetic" (trained on one seed, held out another).
 """
 
 import argparse
@@ -100,33 +101,66 @@ def run(source, part, mode, seed, args):
     if compared.failed:
         raise RuntimeError(f"{out.name}: {compared.failed}")
     start = next(result for result in compared.baselines if result.setting == UNTRAINED)
-    return compared.results[0].scores, start.scores
+    return compared.results[0].scores | {"untrained": start.scores}
+
+
+def stored(path, budget):
+    """{(source, part, mode, seed): scores} of the finished runs in a quality.json; none if there is no such file."""
+    report = json.loads(path.read_text()) if path.exists() else {"budget": budget, "data": {}}
+    if report["budget"] != budget:
+        raise ValueError(f"{path} holds runs with --budget {report['budget']}, not {budget}: choose another --out")
+    return {(source, run.pop("part"), run.pop("mode"), run.pop("seed")): run
+            for source, found in report["data"].items() for run in found["runs"]}
 
 
 def mean_and_spread(runs):
     """{seed: [scores of each part]} → scores, and their deviations over seeds and over parts."""
     seeds = [average_scores(parts) for parts in runs.values()]
     row = {"seeds": len(seeds), "n_test": seeds[0]["n_test"]}
-    for name in ("knn", "linear", "seconds"):
-        if name in seeds[0]:
-            row[name] = float(np.mean([s[name] for s in seeds]))
-            row[f"{name}_sd_seeds"] = float(np.std([s[name] for s in seeds], ddof=1)) if len(seeds) > 1 else None
-            row[f"{name}_sd_parts"] = float(np.std([p[name] for parts in runs.values() for p in parts]))
+    for name in ("knn", "linear"):
+        row[name] = float(np.mean([s[name] for s in seeds]))
+        row[f"{name}_sd_seeds"] = float(np.std([s[name] for s in seeds], ddof=1)) if len(seeds) > 1 else None
+        row[f"{name}_sd_parts"] = float(np.std([p[name] for parts in runs.values() for p in parts]))
     return row
+
+
+def key_of(source, part, mode, seed):
+    """How quality.json names a run."""
+    return Path(source).stem, part, mode, seed
+
+
+def report_of(scores, fixed, args):
+    """All that quality.json holds: a table and the runs, for each source."""
+    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads a run",
+              "torch": torch.__version__, "budget": args.budget, "data": {}}
+    for source in fixed:
+        found, table = {key[1:]: value for key, value in scores.items() if key[0] == source}, {}
+        for mode in MODES:
+            runs = {}  # {seed: the scores of its parts}
+            for (_, of, seed), value in found.items():
+                if of == mode:
+                    runs.setdefault(seed, []).append(value)
+            if runs:
+                trained = {s: [{k: v for k, v in p.items() if k != "untrained"} for p in ps] for s, ps in runs.items()}
+                untrained = {s: [p["untrained"] for p in ps] for s, ps in runs.items()}
+                table |= {mode: mean_and_spread(trained), f"{UNTRAINED}, {mode}": mean_and_spread(untrained)}
+        table |= {name: mean_and_spread({0: parts}) for name, parts in fixed[source].items()}
+        runs = [dict(part=part, mode=mode, seed=seed, **value) for (part, mode, seed), value in found.items()]
+        report["data"][source] = {"table": table, "runs": runs}
+    return report
 
 
 def show(source, rows):
     """Print one table."""
-    print(f"\n{Path(source).stem}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds)")
-    print(f"{'':33}{'kNN-10':>26}{'linear':>26}{'asked':>14}{'s/run':>7}")
+    print(f"\n{source}: {rows['chance']['n_test']} held-out clips; ± over parts (and over seeds)")
+    print(f"{'':33}{'kNN-10':>26}{'linear':>26}{'asked':>14}")
     for name, row in rows.items():
         cells = [f"{row[k]:.3f} ± {row[k + '_sd_parts']:.3f}"
                  + (f" (± {row[k + '_sd_seeds']:.3f})" if row[k + "_sd_seeds"] is not None else "")
                  for k in ("knn", "linear")]
-        bar = BARS.get(Path(source).stem, {}).get(name)
+        bar = BARS.get(source, {}).get(name)
         asked = f"{bar[0]:.2f} / {bar[1]:.2f}" if bar else ""
-        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-        print(f"{name:33}{cells[0]:>26}{cells[1]:>26}{asked:>14}{seconds:>7}")
+        print(f"{name:33}{cells[0]:>26}{cells[1]:>26}{asked:>14}")
 
 
 def main():
@@ -140,28 +174,25 @@ def main():
     parser.add_argument("--threads", type=int, default=None, help="of each training; default: the cores shared out")
     args = parser.parse_args()
     args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    path = Path(args.out) / "quality.json"
+    scores = stored(path, args.budget)
     jobs = [(source, part, mode, seed) for seed in args.seeds for source in args.data
             for mode in args.modes for part in parts_of(opened(source))]
-    scores = {}
+    jobs = [job for job in jobs if key_of(*job) not in scores]
+    fixed = {Path(source).stem: baselines(source) for source in args.data}
     with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
-        waiting = {pool.submit(run, *job, args): job for job in jobs}
+        waiting = {pool.submit(run, *job, args): key_of(*job) for job in jobs}
         for done in as_completed(waiting):
-            scores[waiting[done]] = done.result()
+            key = waiting[done]
+            scores[key] = done.result()
             bar.update()
-            source, part, mode, seed = waiting[done]
-            tqdm.write(f"{Path(source).stem} {part} {mode} seed {seed}: "
-                       + ", ".join(f"{k} {scores[waiting[done]][0][k]:.3f}" for k in ("knn", "linear", "seconds")))
-    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads a run",
-              "torch": torch.__version__, "budget": args.budget, "data": {}}
-    for source in args.data:
-        rows = {name: mean_and_spread({s: [v[i] for k, v in scores.items() if k[0] == source and k[2:] == (mode, s)]
-                                       for s in args.seeds})
-                for mode in args.modes for i, name in enumerate((mode, f"{UNTRAINED}, {mode}"))}
-        rows |= {name: mean_and_spread({0: parts}) for name, parts in baselines(source).items()}
-        runs = [dict(part=k[1], mode=k[2], seed=k[3], **v[0]) for k, v in scores.items() if k[0] == source]
-        report["data"][Path(source).stem] = {"table": rows, "runs": runs}
-        show(source, rows)
-    write_atomic(Path(args.out) / "quality.json", json.dumps(report, indent=1).encode() + b"\n")
+            told = ", ".join(f"{name} {scores[key][name]:.3f}" for name in ("knn", "linear"))
+            tqdm.write(f"{' '.join(map(str, key))}: {told}")
+            write_atomic(path, json.dumps(report_of(scores, fixed, args), indent=1).encode() + b"\n")
+    report = report_of(scores, fixed, args)
+    write_atomic(path, json.dumps(report, indent=1).encode() + b"\n")
+    for source, found in report["data"].items():
+        show(source, found["table"])
 
 
 if __name__ == "__main__":

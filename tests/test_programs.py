@@ -1,0 +1,115 @@
+"""Generated sounds: every clip is usable, the same anywhere, and takes of one program differ without losing it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.preprocessing import StandardScaler, normalize
+
+from audiomaepp.batches import ClipLoader
+from audiomaepp.config import Config
+from audiomaepp.evaluate import logmel_statistics
+from audiomaepp.features import LogMel
+from audiomaepp.synthetic import SOURCES, _Dice, generated
+
+SETS = [(0, 5.0, 16000), (1, 0.1, 8000), (2, 1.3, 44100), (3, 10.0, 16000)] # seed, seconds, Hz
+
+
+@pytest.mark.parametrize(("seed", "seconds", "rate"), SETS)
+def test_no_clip_is_silent_clipped_or_of_another_length(seed, seconds, rate):
+    sounds = generated(n=120, seed=seed, seconds=seconds, sample_rate=rate)
+    for i in range(len(sounds)):
+        for take in (0, 5):
+            wave = sounds.take(i, take)
+            assert wave.dtype == torch.float32 and wave.shape == (round(seconds * rate),), (i, take)
+            assert wave.isfinite().all(), (i, take)
+            assert 0.03 < wave.abs().max() < 0.9, (i, take)
+            assert wave.pow(2).mean().sqrt() > 1e-4, (i, take)
+
+
+@pytest.mark.parametrize("source", list(SOURCES))
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_every_source_alone_sounds_at_any_strength(source, strength):
+    sounds = generated(n=40, seed=4, seconds=1.0, strength=strength, sources=[source])
+    for i in range(40):
+        wave = sounds.take(i, 1)
+        assert wave.isfinite().all() and wave.abs().max() > 0.03, i
+
+
+def test_a_program_is_the_same_in_another_process_and_another_set():
+    code = ("from audiomaepp.synthetic import generated; s = generated(n=50, seed=3, seconds=1.0).select([31])\n"
+            "print(s.take(0, 2).double().pow(2).sum().item())")
+    other = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    sounds = generated(n=40, seed=3, seconds=1.0)
+    assert sounds.take(31, 2).double().pow(2).sum().item() == other
+    assert torch.equal(sounds.select("label == 'engine'")[2].wav, sounds.wav(35))
+
+
+def test_takes_make_the_same_choices_whatever_their_numbers_decide():
+    class Noting(_Dice):
+        def __init__(self, *key, take=0, strength=0.1, notes=None):
+            super().__init__(*key, take=take, strength=strength)
+            self.notes = {} if notes is None else notes
+
+        def part(self, number):
+            return Noting(*self.key, number, take=self.take, strength=self.strength, notes=self.notes)
+
+        def happens(self, probability):
+            return self._note(super().happens(probability))
+
+        def choose(self, options):
+            chosen = super().choose(options)
+            self._note(next(i for i, option in enumerate(options) if option is chosen))
+            return chosen
+
+        def count(self, low, high):
+            return self._note(super().count(low, high))
+
+        def _note(self, value):
+            self.notes.setdefault(self.key, []).append(value)
+            return value
+
+    for name, source in SOURCES.items():
+        for program in range(12):
+            dice = [Noting(8, program, take=take, strength=0.5) for take in range(3)]
+            for some in dice:
+                source(some, 16000, 16000)
+            assert dice[0].notes == dice[1].notes == dice[2].notes, (name, program)
+
+
+def test_two_takes_are_nearer_to_each_other_than_to_other_programs():
+    """What a contrastive loss needs: takes can find their program, but not by averages of the spectrum alone."""
+    sounds = generated(n=96, seed=5, seconds=2.0)
+    x, y = (logmel_statistics(LogMel()(torch.stack([sounds.take(i, t) for i in range(96)]))) for t in (1, 2))
+    scaler = StandardScaler().fit(np.concatenate([x, y]))
+    x, y = (normalize(scaler.transform(part)) for part in (x, y))
+    found = ((x @ y.T).argmax(1) == np.arange(96)).mean()
+    assert 0.15 < found < 0.8, found  # chance is 0.01
+
+
+def test_strength_decides_how_far_a_take_moves():
+    dice = [_Dice(1, k, take=1, strength=strength) for strength in (0, 0.05, 0.5) for k in range(300)]
+    places = np.array([d.number(0, 1) for d in dice]).reshape(3, 300)
+    moved = np.abs(places[1:] - places[0]).mean(1)
+    assert 0.02 < moved[0] < 0.06 and moved[1] > 4 * moved[0]
+    assert (places >= 0).all() and (places <= 1).all()
+
+
+WRONG = [dict(n=0), dict(seconds=0.01), dict(strength=2), dict(seed=-1), dict(sources=["horn"]), dict(sources=[])]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_named(wrong):
+    with pytest.raises(ValueError, match=r"must be.*use"):
+        generated(**wrong)
+
+
+def test_a_loader_streams_programs_in_worker_processes_as_without():
+    sounds = generated(n=16, seed=2, seconds=1.0)
+    cfg = Config(img_size=(96, 80), patch_size=(16, 16), batch_size=8)
+    alone, several = (list(ClipLoader(sounds, cfg.replace(num_workers=workers), pairs=False)) for workers in (0, 2))
+    assert len(alone) == len(several) == 2
+    for a, b in zip(alone, several, strict=True):
+        assert torch.equal(a["wav"], b["wav"]) and torch.equal(a["label"], b["label"])
