@@ -6,6 +6,7 @@
 __all__ = ['UnreadableError', 'ClipLoader', 'Augment']
 
 # %% ../nbs/14_batches.ipynb #d2cc559a
+import itertools
 import math
 import os
 import signal
@@ -77,6 +78,14 @@ class _Schedule:
             return [[(0, row, 0) for row in range(i, min(i + size, n))] for i in range(0, n, size)]
         return _plan(self.labels, size, self.seed, epoch, self.balanced)
 
+    def select(self, epoch: int, start: int, rank: int, world_size: int):
+        "Select the next batches: an epoch, its first batch, and the share of one of several processes."
+        if not 0 <= rank < world_size <= len(self):
+            raise ValueError(f"world_size must be at most {len(self)}, the batches of an epoch, and rank below "
+                             f"world_size, got rank={rank}, world_size={world_size}; use fewer processes or a smaller "
+                             "batch_size")
+        self.epoch, self.start, self.rank, self.world_size = epoch, start, rank, world_size
+
     def __len__(self):
         return self._length
 
@@ -88,7 +97,7 @@ class _Schedule:
 class _Waves:
     "Cuts clips of samples out of recordings."
 
-    name = "wav" # of the clips in a batch
+    name, keeps = "wav", False # of the clips in a batch; whether this process keeps what it has computed
 
     def __init__(self, recordings: Recordings, size: int):
         self.recordings, self.size, self.empty = recordings, size, torch.zeros(0, size)
@@ -98,9 +107,10 @@ class _Waves:
         row: int, # number of the recording
         where: float, # place of the clip in a longer recording, from 0 to 1
         offset: float, # place of a shorter recording in the clip
+        **take: int, # number of the take, of a generated sound
     ) -> torch.Tensor: # (samples,)
         "Return one clip; raise `AudioError` if the recording cannot be read."
-        wave = self.recordings.crop(row, self.size, where)
+        wave = self.recordings.crop(row, self.size, where, **take)
         clip = torch.zeros(self.size)
         first = int(offset * (self.size - len(wave) + 1))
         clip[first : first + len(wave)] = wave
@@ -113,21 +123,29 @@ _TRIES = 100 # number of clips that are tried if no clip of a batch can be read
 class _Clips(Dataset):
     "Clips of one size, by key."
 
-    def __init__(self, recordings: Recordings, cut: "_Waves | _LogMels", seed: int, random: bool, stand_in: bool):
+    def __init__(self, recordings, cut: "_Waves | _LogMels", seed: int, random: bool, stand_in: bool, takes=False):
         self.recordings, self.cut, self.seed, self.random = recordings, cut, seed, random
-        self.labels, self.stand_in = recordings.labels, stand_in
+        self.labels, self.stand_in, self.takes = recordings.labels, stand_in, takes
 
-    def __getitem__(self, key: tuple[int, int, int]): # clip or None; label; row; reason or None
+    def __getitem__(self, key: tuple[int, int, int]): # clip, or one of each take, or None; label; row; reason or None
         epoch, row, before = key
         rng = np.random.default_rng([1, self.seed, epoch, row, before])
-        where, offset = rng.random(2) if self.random else (0.0, 0.0)
         label = int(self.labels[row])
         try:
-            return self.cut(row, where, offset), label, row, None
+            if self.takes:
+                return self._two_takes(rng, epoch, row), label, row, None
+            return self.cut(row, *self._place(rng)), label, row, None
         except OutputError: # the disk is full; the recording is not to blame
             raise
         except (AudioError, OSError, RuntimeError) as error:
             return None, label, row, getattr(error, "reason", f"{type(error).__name__}: {error}")
+
+    def _place(self, rng: np.random.Generator) -> tuple[float, float]: # in the recording, in the clip
+        return tuple(rng.random(2)) if self.random else (0.0, 0.0)
+
+    def _two_takes(self, rng: np.random.Generator, epoch: int, row: int) -> torch.Tensor: # (2, …)
+        "Return clips of two takes; every epoch has new ones."
+        return torch.stack([self.cut(row, *self._place(rng), take=2 * epoch + i) for i in range(2)])
 
     def __getitems__(self, keys: list[tuple[int, int, int]]): # list of clips; (row, reason) of what cannot be read
         "Return the clips of a batch; in training, replace what cannot be read by a clip of its class, or any."
@@ -155,11 +173,16 @@ def _collate(
     found: tuple[list[tuple], list[tuple[int, str]]], # what `_Clips` returns for a batch
     cut: "_Waves | _LogMels", # kind of the clips
 ) -> dict:
-    "Return one batch; under \"failed\", (row, reason) of what could not be read."
+    "Return one batch; under \"view2\", the second takes; under \"failed\", (row, reason) of what could not be read."
     some, failed = found
     clips, labels, rows, _ = zip(*some, strict=True) if some else ((), (), (), ())
     labels, rows = (torch.tensor(numbers, dtype=torch.int64) for numbers in (labels, rows))
-    return {cut.name: torch.stack(clips) if clips else cut.empty, "label": labels, "index": rows, "failed": failed}
+    clips = torch.stack(clips) if clips else cut.empty
+    views = {cut.name: clips}
+    if clips.dim() > cut.empty.dim():
+        first, second = clips.unbind(1)
+        views = {cut.name: first, "view2": {cut.name: second}}
+    return {**views, "label": labels, "index": rows, "failed": failed}
 
 # %% ../nbs/14_batches.ipynb #a5140009
 class UnreadableError(ValueError):
@@ -198,7 +221,8 @@ def _leave_signals_to_the_trainer(worker: int):
 
 def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
     "Return PyTorch's loader of the scheduled batches."
-    workers = 0 if clips.recordings.in_memory or isinstance(clips.cut, _LogMels) else cfg.num_workers
+    alone = clips.recordings.in_memory or clips.cut.keeps and not clips.takes
+    workers = 0 if alone else cfg.num_workers
     return DataLoader(
         clips, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0,
         timeout=cfg.loader_timeout if workers else 0, worker_init_fn=_leave_signals_to_the_trainer,
@@ -210,7 +234,8 @@ def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
 class ClipLoader:
     """Batches of clips: dicts of wav (B, clip_samples), label (B,) with −1 for unlabeled, and index (B,), the row.
 
-    With `cfg.cache_features`, batches of a training hold logmel (B, frames, n_mels) float16 instead of wav.
+    With `cfg.cache_features`, batches of a training hold logmel (B, frames, n_mels) float16 instead of wav. If two
+    views of generated sounds are contrasted, a batch also holds view2, a dict with wav or logmel of a second take.
     """
 
     def __init__(
@@ -231,7 +256,9 @@ class ClipLoader:
         self.schedule = _Schedule(recordings.labels, cfg.batch_size, seed, train, balanced)
         self.lost = _Lost(recordings, max(1, int(cfg.max_unreadable * n)) if train else n)
         cut = _LogMels(recordings, cfg) if train and cfg.cache_features else _Waves(recordings, cfg.clip_samples)
-        clips = _Clips(recordings, cut, seed, random=train and cfg.random_crop, stand_in=train)
+        self.echo, self._again = cfg.echo if train else 1, 0
+        takes = train and recordings.has_takes and cfg.views == 2 and cfg.use_contrastive_loss
+        clips = _Clips(recordings, cut, seed, train and cfg.random_crop, stand_in=train, takes=takes)
         self._batches = _data_loader(clips, self.schedule, cfg)
 
     def set_epoch(
@@ -242,24 +269,22 @@ class ClipLoader:
         world_size: int = 1, # number of processes that share the batches; each takes one batch in world_size
     ):
         "Select the batches of the next iteration."
-        if not 0 <= rank < world_size <= len(self):
-            raise ValueError(f"world_size must be at most {len(self)}, the batches of an epoch, and rank below "
-                             f"world_size, got rank={rank}, world_size={world_size}; use fewer processes or a smaller "
-                             "batch_size")
-        schedule = self.schedule
-        schedule.epoch, schedule.start, schedule.rank, schedule.world_size = epoch, start, rank, world_size
+        loaded, self._again = divmod(start // max(1, world_size), self.echo)
+        self.schedule.select(epoch, loaded * world_size, rank, world_size)
 
     def __len__(self):
-        return len(self.schedule)
+        return self.echo * len(self.schedule)
 
     def __iter__(self) -> Iterator[dict]:
-        batches, self.schedule.start = iter(self._batches), 0 # the next iteration is a whole epoch
+        batches, again = iter(self._batches), self._again
+        self.schedule.start = self._again = 0 # the next iteration is a whole epoch
         for batch in batches:
             self.lost.add(batch.pop("failed"))
             if len(self.lost.rows) > self.lost.most or (self.schedule.train and not len(batch["index"])):
                 raise self.lost.error()
             if len(batch["index"]):
-                yield batch
+                yield from itertools.repeat(batch, self.echo - again)
+            again = 0
 
     @property
     def skipped(self) -> Skipped:
@@ -535,7 +560,7 @@ class _Shelf:
 class _LogMels:
     "Cuts clips out of log spectra; computes the spectrum of a recording when it is first needed, and keeps it."
 
-    name = "logmel" # of the clips in a batch
+    name, keeps = "logmel", True
 
     def __init__(self, recordings: Recordings, cfg: Config):
         self.recordings, self.frontend, self.shelf = recordings, build_frontend(cfg), _Shelf(KEEP)
@@ -546,12 +571,14 @@ class _LogMels:
         row: int, # number of the recording
         where: float, # place of the clip in a longer recording, from 0 to 1
         offset: float, # place of a shorter recording in the clip
+        **take: int, # number of the take, of a generated sound; it is not kept
     ) -> torch.Tensor: # (frames, n_mels) float16
         "Return one clip; raise `AudioError` if the recording cannot be read."
-        spec = self.shelf.get(row)
+        spec = None if take else self.shelf.get(row)
         if spec is None:
-            spec = log_recording(self.frontend, self.recordings.wav(row)).half().numpy()
-            self.shelf.put(row, spec)
+            spec = log_recording(self.frontend, self.recordings.wav(row, **take)).half().numpy()
+            if not take:
+                self.shelf.put(row, spec)
         return log_clip(self.frontend, torch.from_numpy(spec), where, offset)
 
 # %% ../nbs/14_batches.ipynb #14c0de19

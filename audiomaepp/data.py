@@ -87,6 +87,8 @@ def _natural(text: str) -> list:
 class Recordings:
     "A table with a row for each recording, and the samples of each."
 
+    has_takes = False # whether `wav` and `crop` take the number of a take, as those of generated sounds do
+
     def __init__(
         self,
         table, # DataFrame with a column path, and optionally label, fold, split, group, seconds, …

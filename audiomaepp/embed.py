@@ -207,14 +207,18 @@ class WindowEncoder:
         return frames[0].float().cpu().numpy()
 
 # %% ../nbs/20_embed.ipynb #296a68c0
+_UNUSED = (
+    "snapshots", "decode_ratio", "whiten", "cache_features", "echo", "fused_optimizer", "compile", "recompute",
+)
+
+
 def fingerprint(
     model: AudioMAEPlusPlus,
 ) -> str: # 12 hexadecimal digits
     "Return a hash of the weights and the settings of a model."
     settings, usual = model.cfg.to_dict(), Config().to_dict()
-    unused = "snapshots", "decode_ratio", "whiten", "cache_features", "fused_optimizer", "compile", "recompute"
     new = [n for n in ("embedding_pooling", "embedding_layers", "add_statistics") if settings[n] == usual[n]]
-    for name in (*unused, *new):  # without effect, and newer than many tables of embeddings
+    for name in (*_UNUSED, *new):  # without effect, and newer than many tables of embeddings
         settings.pop(name)
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(cpu_state(model).items()):

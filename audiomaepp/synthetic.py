@@ -543,6 +543,8 @@ class _Score(NamedTuple):
 class Programs(Recordings):
     "Generated sounds as recordings: a clip is computed when it is read."
 
+    has_takes = True
+
     def __init__(
         self,
         table, # DataFrame with a column program
@@ -552,12 +554,12 @@ class Programs(Recordings):
         super().__init__(table, sample_rate, list(score.sources), source="generated")
         self.score, self.numbers = score, self.table["program"].to_numpy()
 
-    def take(
+    def wav(
         self,
         i: int, # row of the clip
         take: int = 0, # number of the take
     ) -> torch.Tensor: # (samples,) float32
-        "Return one take of a program: the same choices, with the numbers moved, in another room."
+        "Return a take of a program: the same choices, with the numbers moved, in another room."
         score, number = self.score, int(self.numbers[i])
         dice = _Dice(score.seed, number, take=take, strength=score.strength)
         source = score.sources[number % len(score.sources)]
@@ -567,13 +569,9 @@ class Programs(Recordings):
             raise AudioError(self.paths[i], "its program gives samples that are not finite")
         return wave
 
-    def wav(self, i: int) -> torch.Tensor: # (samples,) float32
-        "Return the first take of a program."
-        return self.take(i)
-
     def crop(self, i: int, size: int, place: float = 0.0, take: int = 0) -> torch.Tensor: # (≤ size,) float32
-        "Return at most `size` samples of one take."
-        wave = self.take(i, take)
+        "Return at most `size` samples of a take."
+        wave = self.wav(i, take)
         first = int(place * (len(wave) - size + 1)) if len(wave) > size else 0
         return wave[first : first + size]
 

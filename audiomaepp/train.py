@@ -233,7 +233,7 @@ class _Engine:
             spec = _spectrograms(batch, transform, self.device)
             labels = _labels(batch, self.processes)
             pairs = self.cfg.views == 2 and self.cfg.use_contrastive_loss
-            view2 = _spectrograms(batch, transform, self.device) if pairs else None
+            view2 = _spectrograms(batch.get("view2", batch), transform, self.device) if pairs else None
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -798,13 +798,18 @@ def _share(
     count: int, # number of processes now
 ) -> dict:
     "Return one process's part of the clips of several batches."
-    whole = {k: torch.cat([b[k] for b in batches]) for k, v in batches[0].items() if isinstance(v, Tensor)}
-    clips = len(next(iter(whole.values())))
+    clips = sum(len(next(v for v in batch.values() if isinstance(v, Tensor))) for batch in batches)
     if clips % count:
         good = [n for n in range(1, 2 * max(count, len(batches))) if clips % n == 0]
         raise ValueError(f"a step of this run has {clips} clips ({len(batches)} processes when it began), which "
                          f"{count} processes cannot share equally; resume it on {', '.join(map(str, good))}")
-    return {k: v[rank * clips // count : (rank + 1) * clips // count] for k, v in whole.items()}
+
+    def part(*values: Tensor | dict) -> Tensor | dict: # of each batch
+        if isinstance(values[0], dict): # a second view
+            return {k: part(*(v[k] for v in values)) for k, v in values[0].items() if isinstance(v, Tensor | dict)}
+        return torch.cat(values)[rank * clips // count : (rank + 1) * clips // count]
+
+    return part(*batches)
 
 # %% ../nbs/04_train.ipynb #a100004c
 def _process_batches(

@@ -22,7 +22,7 @@ from audiomaepp.features import build_frontend
 from audiomaepp.model import AudioMAEPlusPlus, MacaronBlock
 from audiomaepp.run import train_run
 from audiomaepp.source import Source
-from audiomaepp.synthetic import synthesize
+from audiomaepp.synthetic import generated, synthesize
 from audiomaepp.train import Trainer, read_progress
 
 
@@ -99,10 +99,12 @@ FAST = dict(  # everything that makes a step cheaper, and a read-out
     cache_features=True, fused_optimizer=True, decode_ratio=0.5, roll=True, stretch_time=0.2, use_labels=False, views=2,
     pooling_mode="frame+std", add_statistics=True, whiten=True,
 )  # fmt: skip
+TAKES = FAST | dict(data="generated", echo=3)  # each batch for three steps, of which some are done
 
 
-def parts(**changes):
-    recordings, cfg = synthesize(n=3, classes=6), config(epochs=6, eval_every=3, **changes)
+def parts(data="synthetic", **changes):
+    recordings = generated(n=18, seconds=1.0) if data == "generated" else synthesize(n=3, classes=6)
+    cfg = config(epochs=6, eval_every=3, **changes)
     return cfg, ClipLoader(recordings, cfg), Augment(cfg, build_frontend(cfg))
 
 
@@ -116,7 +118,7 @@ def run_to_be_killed(out, changes):
     Trainer(cfg, out_dir=out, transform=transform, quiet=True, save_minutes=0, callback=slowly).fit(loader)
 
 
-@pytest.mark.parametrize("changes", [{}, FAST], ids=["plain", "fast"])
+@pytest.mark.parametrize("changes", [{}, FAST, TAKES], ids=["plain", "fast", "takes"])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, changes):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -138,7 +140,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, changes):
         torch.manual_seed(99)
         resumed = Trainer.resume(tmp_path / "killed", transform=transform, quiet=True, save_minutes=0)
         assert resumed.state.step == reached
-        resumed.fit(ClipLoader(synthesize(n=3, classes=6), cfg))
+        resumed.fit(parts(**changes)[1])
         for name in ("checkpoint.safetensors", "model.safetensors"):
             assert_same(tmp_path / "killed" / name, tmp_path / "whole" / name)
         assert without_speed(resumed.history.rows) == without_speed(whole.history.rows)

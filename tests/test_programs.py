@@ -8,11 +8,12 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler, normalize
 
-from audiomaepp.batches import ClipLoader
+from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.evaluate import logmel_statistics
-from audiomaepp.features import LogMel
+from audiomaepp.features import LogMel, build_frontend
 from audiomaepp.synthetic import SOURCES, _Dice, generated
+from audiomaepp.train import Trainer, _share
 
 SETS = [(0, 5.0, 16000), (1, 0.1, 8000), (2, 1.3, 44100), (3, 10.0, 16000)] # seed, seconds, Hz
 
@@ -22,7 +23,7 @@ def test_no_clip_is_silent_clipped_or_of_another_length(seed, seconds, rate):
     sounds = generated(n=120, seed=seed, seconds=seconds, sample_rate=rate)
     for i in range(len(sounds)):
         for take in (0, 5):
-            wave = sounds.take(i, take)
+            wave = sounds.wav(i, take)
             assert wave.dtype == torch.float32 and wave.shape == (round(seconds * rate),), (i, take)
             assert wave.isfinite().all(), (i, take)
             assert 0.03 < wave.abs().max() < 0.9, (i, take)
@@ -34,16 +35,16 @@ def test_no_clip_is_silent_clipped_or_of_another_length(seed, seconds, rate):
 def test_every_source_alone_sounds_at_any_strength(source, strength):
     sounds = generated(n=40, seed=4, seconds=1.0, strength=strength, sources=[source])
     for i in range(40):
-        wave = sounds.take(i, 1)
+        wave = sounds.wav(i, 1)
         assert wave.isfinite().all() and wave.abs().max() > 0.03, i
 
 
 def test_a_program_is_the_same_in_another_process_and_another_set():
     code = ("from audiomaepp.synthetic import generated; s = generated(n=50, seed=3, seconds=1.0).select([31])\n"
-            "print(s.take(0, 2).double().pow(2).sum().item())")
+            "print(s.wav(0, 2).double().pow(2).sum().item())")
     other = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     sounds = generated(n=40, seed=3, seconds=1.0)
-    assert sounds.take(31, 2).double().pow(2).sum().item() == other
+    assert sounds.wav(31, 2).double().pow(2).sum().item() == other
     assert torch.equal(sounds.select("label == 'engine'")[2].wav, sounds.wav(35))
 
 
@@ -82,7 +83,7 @@ def test_takes_make_the_same_choices_whatever_their_numbers_decide():
 def test_two_takes_are_nearer_to_each_other_than_to_other_programs():
     """What a contrastive loss needs: takes can find their program, but not by averages of the spectrum alone."""
     sounds = generated(n=96, seed=5, seconds=2.0)
-    x, y = (logmel_statistics(LogMel()(torch.stack([sounds.take(i, t) for i in range(96)]))) for t in (1, 2))
+    x, y = (logmel_statistics(LogMel()(torch.stack([sounds.wav(i, t) for i in range(96)]))) for t in (1, 2))
     scaler = StandardScaler().fit(np.concatenate([x, y]))
     x, y = (normalize(scaler.transform(part)) for part in (x, y))
     found = ((x @ y.T).argmax(1) == np.arange(96)).mean()
@@ -113,3 +114,35 @@ def test_a_loader_streams_programs_in_worker_processes_as_without():
     assert len(alone) == len(several) == 2
     for a, b in zip(alone, several, strict=True):
         assert torch.equal(a["wav"], b["wav"]) and torch.equal(a["label"], b["label"])
+
+
+def unlabelled(**settings):
+    """A tiny training that contrasts two takes, on log-mel spectra that the loader computes."""
+    usual = dict(img_size=(64, 80), batch_size=8, epochs=2, warmup_epochs=0.5, eval_every=0, precision="fp32")
+    return Config.preset("semantic_unlabelled", **usual | settings)
+
+
+def test_a_second_take_is_another_view_than_an_augmented_first_one():
+    cfg = unlabelled(epochs=1)
+    assert "view2" in next(iter(ClipLoader(generated(n=8, seconds=0.5), cfg)))
+    for without in (dict(views=1), dict(use_contrastive_loss=False)):
+        assert "view2" not in next(iter(ClipLoader(generated(n=8, seconds=0.5), cfg.replace(**without))))
+    assert "view2" not in next(iter(ClipLoader(generated(n=8, seconds=0.5), cfg, train=False)))
+
+
+def test_echo_trains_more_steps_on_each_batch():
+    steps = []
+    for echo in (1, 3):
+        trainer = Trainer(unlabelled(echo=echo), quiet=True)
+        trainer.transform = Augment(trainer.cfg, build_frontend(trainer.cfg)).to(trainer.device)
+        trainer.fit(ClipLoader(generated(n=24, seed=6, seconds=0.5), trainer.cfg))
+        steps.append(trainer.history.rows[-1]["step"])
+    assert steps == [6, 18]
+
+
+def test_processes_that_share_a_batch_share_its_second_view():
+    batches = [{"wav": torch.full((2, 4), k), "view2": {"wav": torch.full((2, 4), k + 10)}} for k in (0, 1)]
+    part = _share(batches, 1, 2)
+    assert part["wav"].tolist() == [[1] * 4] * 2 and part["view2"]["wav"].tolist() == [[11] * 4] * 2
+    with pytest.raises(ValueError, match="cannot share"):
+        _share(batches, 0, 3)
