@@ -550,7 +550,7 @@ def _table_of(path: Path, extensions: frozenset[str], labeled: bool = False):
 
 # %% ../nbs/12_data.ipynb #62d26a00
 def open_recordings(
-    source: str | os.PathLike | Recordings, # folder, .csv or .parquet table, "synthetic", or a name in `DATASETS`
+    source: str | os.PathLike | Recordings, # folder, table, "synthetic", "generated", or a name in `DATASETS`
     sample_rate: int = 16000, # Hz of the recordings
     label_from: str | None = None, # regular expression that finds the label in a file name
     group_from: str | None = None, # regular expression that finds the group (speaker, site, …) in a file name
@@ -563,13 +563,17 @@ def open_recordings(
         from audiomaepp.synthetic import synthesize
 
         return synthesize(sample_rate=sample_rate)
+    if source == "generated":
+        from audiomaepp.synthetic import generated
+
+        return generated(sample_rate=sample_rate)
     path = Path(_place(Path(), os.fspath(Path(source).expanduser())))
     if not path.exists() and source in DATASETS:
         path, known = get_dataset(source), DATASETS[source]
         label_from, group_from = label_from or known.label_from, group_from or known.group_from
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; use a folder of sounds, a .csv or .parquet table, "
-                                f'"synthetic", or a public data set: {", ".join(DATASETS)}')
+                                f'"synthetic", "generated", or a public data set: {", ".join(DATASETS)}')
     table, skipped = _table_of(path, frozenset(extensions), labeled=label_from is not None)
     if table.empty:
         reason = "; ".join(f"{p[:200]} {why}" for p, why in skipped[:3])

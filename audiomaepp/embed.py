@@ -322,8 +322,8 @@ def decode_ahead(
     from tqdm.auto import tqdm
 
     def begin(i: int) -> Iterable[Tensor]:
-        if recordings.waves[i] is not None:
-            return [recordings.waves[i]]
+        if (wave := recordings.waves[i]) is not None:
+            return [wave]
         pieces = _safely(stream_audio(recordings.paths[i], recordings.sample_rate), recordings.paths[i])
         try:
             return chain([next(pieces)], pieces)
@@ -551,8 +551,10 @@ def whiten_model(
     device: str | torch.device | None = None, # default: a GPU if there is one
     quiet: bool = True, # whether the progress bar is hidden
 ) -> AudioMAEPlusPlus: # the same model; `write` saves its whitening with the weights
-    "Fit the whitening of a model's embeddings to training clips."
+    "Fit the whitening of a model's embeddings to training clips, of generated ones to the first 5,000."
     model.whitening = None
+    if recordings.has_takes:
+        recordings = recordings.select(np.arange(min(len(recordings), 5000)))
     x, _, _ = EmbeddingGenerator(model, device).embed_recordings(recordings, quiet=quiet)
     model.whitening = fit_whitening(x).to(next(model.parameters()).device)
     return model

@@ -213,6 +213,8 @@ def score_parts(
     from audiomaepp.validation import make_baselines, statistics_of
 
     generator, (train, test, protocol) = EmbeddingGenerator(model, device), parts
+    if train.has_takes and len(train) > 2000:  # of generated sounds there is no end
+        train, protocol = train.select(range(2000)), f"{protocol}, of which 2000 are compared"
     if generator.cfg.whiten and generator.model.whitening is None:  # its training has not finished yet
         whiten_model(generator.model, train, device, quiet)
     train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
@@ -389,7 +391,7 @@ def _joined(
 
     table = pd.concat([part.table.assign(path=part.paths).drop(columns="path_bytes", errors="ignore")
                        for part in (train, test)])
-    return Recordings(table, test.sample_rate, test.classes, train.waves + test.waves, test.skipped, test.source)
+    return Recordings(table, test.sample_rate, test.classes, [*train.waves, *test.waves], test.skipped, test.source)
 
 # %% ../nbs/40_run.ipynb #40a00006
 def clip_table(
@@ -571,7 +573,7 @@ class RunFolder:
 
 # %% ../nbs/40_run.ipynb #7dd0d76e
 def train_or_continue(
-    data: str | os.PathLike, # folder or table of sounds; "synthetic" for the built-in ones
+    data: str | os.PathLike, # folder or table of sounds; "synthetic", "generated" for built-in ones
     preset: str, # settings to start from
     out: str | os.PathLike | None, # folder of the run; runs/ and a name made from data and time by default
     quiet: bool, # whether progress is hidden
@@ -986,7 +988,7 @@ class Run(RunFolder):
     @classmethod
     def train(
         cls,
-        data: str | os.PathLike = "synthetic", # folder or table of sounds; "synthetic" for the built-in ones
+        data: str | os.PathLike = "synthetic", # folder or table of sounds; "synthetic", "generated" for built-in ones
         *,
         preset: str = "nano", # settings to start from
         out: str | os.PathLike | None = None, # folder of the run; runs/ and a name made from data and time by default

@@ -25,6 +25,7 @@ from .files import check_fields, damaged, naming, printable, read_json, shown, w
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
+    from audiomaepp.synthetic import Programs
 
 # %% ../nbs/16_source.ipynb #5c0b7e21
 def need_path(
@@ -35,12 +36,26 @@ def need_path(
     if not os.path.exists(path):
         raise FileNotFoundError(f"{what}, got {os.fspath(path)!r}, which does not exist; check the path")
 
+
+_BUILT_IN = ("synthetic", "generated") # sounds that need no file
+
+
+def _need_one_way(source: "Source"):
+    "Raise `ValueError` if a source says in several ways, or needlessly, what is held out."
+    chosen = {n: v for n in ("fold", "group", "held_out_rows") if (v := getattr(source, n)) is not None}
+    got = " and ".join(f"{name}={value!r}" for name, value in chosen.items())
+    if len(chosen) > 1:
+        raise ValueError(f"only one of fold, group and held_out_rows may be given, got {got}; remove all but one")
+    if source.data == "generated" and chosen:
+        raise ValueError(f"data='generated' must be without fold, group and held_out_rows, got {got}; remove it: "
+                         "programs of another seed are held out")
+
 # %% ../nbs/16_source.ipynb #ae2c8394
 @dataclass(frozen=True)
 class Source:
     "Where the sounds of a run are, and which of them are held out."
 
-    data: str = "synthetic" # folder (of class folders, like ESC-50's, or flat), .csv, .parquet, "synthetic", "esc10", …
+    data: str = "synthetic" # folder (of class folders, or flat), .csv, .parquet, "synthetic", "generated", "esc10", …
     fold: str | None = None # hold out this fold
     group: str | None = None # hold out this group (speaker, site, …)
     held_out_rows: str | tuple[int, ...] | None = None # hold out these rows: numbers, or a query: site == 'north'
@@ -48,16 +63,15 @@ class Source:
     group_from: str | None = None # regular expression that finds the group in a file's name
     fraction: float = 0.2 # part that is held out at random if nothing else is given
     synthetic_clips: int = 50 # clips of each of the twelve built-in classes
+    clips: int = 10_000 # training clips of "generated"
 
     def __post_init__(self):
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction must be between 0 and 1, got {self.fraction!r}; use 0.2 to hold out a fifth")
-        if not 1 <= self.synthetic_clips <= 1000:
-            raise ValueError(f"synthetic_clips must be from 1 to 1000, got {self.synthetic_clips!r}; use 50")
-        chosen = {n: v for n in ("fold", "group", "held_out_rows") if (v := getattr(self, n)) is not None}
-        if len(chosen) > 1:
-            got = " and ".join(f"{name}={value!r}" for name, value in chosen.items())
-            raise ValueError(f"only one of fold, group and held_out_rows may be given, got {got}; remove all but one")
+        for name, low, high, usual in (("synthetic_clips", 1, 1000, 50), ("clips", 24, 10**8, 10_000)):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {value!r}; use {usual}")
+        _need_one_way(self)
         if isinstance(self.held_out_rows, list):
             object.__setattr__(self, "held_out_rows", tuple(self.held_out_rows))
         if self.public:
@@ -71,23 +85,25 @@ class Source:
 
     def check(self):
         "Raise `FileNotFoundError` if the folder or table does not exist."
-        if self.data != "synthetic" and not self.public:
+        if self.data not in _BUILT_IN and not self.public:
             need_path(self.data, "data must be a folder or a table of recordings")
 
     @property
-    def place(self) -> str: # absolute path, or "synthetic"
+    def place(self) -> str: # absolute path, or the name of built-in sounds
         "Where the sounds are, independent of the working folder."
         if self.public:
             return str(data_home() / self.data)
-        return self.data if self.data == "synthetic" else os.path.abspath(self.data)
+        return self.data if self.data in _BUILT_IN else os.path.abspath(self.data)
 
     def find(self, cfg: Config) -> "Recordings":
         "Return all recordings, readable or not, at the sample rate of `cfg`."
         from audiomaepp.data import open_recordings
-        from audiomaepp.synthetic import synthesize
+        from audiomaepp.synthetic import generated, synthesize
 
         if self.data == "synthetic":
             return synthesize(n=self.synthetic_clips, sample_rate=cfg.sample_rate)
+        if self.data == "generated":
+            return generated(self.clips, seconds=cfg.clip_seconds, sample_rate=cfg.sample_rate)
         return open_recordings(self.data, cfg.sample_rate, self.label_from, self.group_from)
 
     def check_held_out(self, recordings: "Recordings"):
@@ -117,6 +133,8 @@ def open_source(
 
     try:
         recordings = source.find(cfg)
+        if source.data == "generated":
+            return _generated_parts(recordings)
         source.check_held_out(recordings)
         rows, numbers = source.held_out_rows, isinstance(source.held_out_rows, tuple)
         if numbers:
@@ -135,6 +153,15 @@ def open_source(
         raise
     how = dict(fold=source.fold, group=source.group, held_out=rows, fraction=source.fraction, seed=cfg.seed)
     return Parts(*split(recordings, **how))
+
+
+def _generated_parts(train: "Programs", most: int = 480) -> Parts:
+    "Return generated sounds, and programs of another seed that are held out."
+    from audiomaepp.synthetic import generated
+
+    score = train.score
+    test = generated(most, score.seed + 1, score.seconds, train.sample_rate, score.strength, score.sources)
+    return Parts(train, test, f"generated programs of another seed held out: {len(train)} train / {most} test")
 
 
 def skipped_lines(
@@ -269,7 +296,8 @@ def save_source(
     facts = dict(protocol=protocol, classes=train.classes, n_train=len(train), n_test=len(test), seed=seed)
     facts |= {"held_out": _names_digest(test, source.place), "skipped": len(train.skipped)}
     facts = {**dataclasses.asdict(source), "data": source.place, **facts}
-    write_recordings(folder / "recordings.csv", train, test, source.place)
+    if source.data != "generated": # clips that need no file cannot change
+        write_recordings(folder / "recordings.csv", train, test, source.place)
     if train.skipped:
         train.skipped.to_csv(folder / "skipped.csv")
     write_atomic(folder / "data.json", json.dumps(facts, indent=2).encode() + b"\n")

@@ -7,6 +7,7 @@ __all__ = ['SOUNDS', 'SOURCES', 'synthesize', 'Programs', 'generated']
 
 # %% ../nbs/13_synthetic.ipynb #561bb520
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -304,7 +305,7 @@ def _times(dice: _Dice, n: int, rate: int, most: int) -> np.ndarray: # (events,)
     many = max(1, min(most, round(dice.number(1, 25, log=True) * n / rate)))
     draws, growth, group = dice.number(0, 1, most)[:many], dice.number(2, 6), dice.count(2, 4)
     gaps = {
-        "even": np.ones(many), "uneven": 0.8 + 0.4 * draws, "random": -np.log(draws + 1e-3),
+        "even": np.ones(many), "uneven": 0.8 + 0.4 * draws, "random": -np.log(0.99 * draws + 1e-3),
         "groups": np.where(np.arange(many) % group == 0, 3.0, 1.0),
         "faster": growth ** np.linspace(0, direction, many),
     }[kind]
@@ -540,6 +541,17 @@ class _Score(NamedTuple):
     sources: tuple[str, ...] # sources of the layers
 
 
+class _Performances(Sequence):
+    "The first takes of all programs of a set; each is computed when it is asked for."
+
+    def __init__(self, programs: "Programs"):
+        self.programs = programs
+
+    def __len__(self): return len(self.programs)
+
+    def __getitem__(self, i: int) -> torch.Tensor: return self.programs.wav(i)
+
+
 class Programs(Recordings):
     "Generated sounds as recordings: a clip is computed when it is read."
 
@@ -552,7 +564,10 @@ class Programs(Recordings):
         sample_rate: int = 16000, # Hz
     ):
         super().__init__(table, sample_rate, list(score.sources), source="generated")
-        self.score, self.numbers = score, self.table["program"].to_numpy()
+        self.score, self.numbers, self.waves = score, self.table["program"].to_numpy(), _Performances(self)
+
+    @property
+    def in_memory(self) -> bool: return False
 
     def wav(
         self,
@@ -574,6 +589,10 @@ class Programs(Recordings):
         wave = self.wav(i, take)
         first = int(place * (len(wave) - size + 1)) if len(wave) > size else 0
         return wave[first : first + size]
+
+    def seconds(self, i: int) -> float:
+        "Return the duration of a clip."
+        return self.score.seconds
 
     def select(self, rows) -> "Programs":
         "Return some of the clips: row numbers, a boolean mask, or a query of the table."

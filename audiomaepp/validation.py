@@ -37,8 +37,11 @@ def without_validation(
     train: Recordings, # training part
     seed: int, # seed of the choice
 ) -> tuple[Recordings, Recordings]: # clips that the weights are fitted to, validation clips
-    "Split off the validation clips; raise `ValueError` if the training part is too small."
-    held = validation_rows(train.labels, seed)
+    """Split off the validation clips: a tenth, of generated clips at most about 500.
+
+    Raise `ValueError` if the training part is too small.
+    """
+    held = validation_rows(train.labels, seed, max(10, len(train) // 500) if train.has_takes else 10)
     if len(held) == len(train):
         raise ValueError(f"the training part must have at least two recordings, got {len(train)}; add more")
     return train.select(np.setdiff1d(np.arange(len(train)), held)), train.select(held)

@@ -12,8 +12,10 @@ from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.evaluate import logmel_statistics
 from audiomaepp.features import LogMel, build_frontend
-from audiomaepp.synthetic import SOURCES, _Dice, generated
+from audiomaepp.run import Run
+from audiomaepp.synthetic import SOURCES, _Dice, _times, generated
 from audiomaepp.train import Trainer, _share
+from audiomaepp.validation import without_validation
 
 SETS = [(0, 5.0, 16000), (1, 0.1, 8000), (2, 1.3, 44100), (3, 10.0, 16000)] # seed, seconds, Hz
 
@@ -90,6 +92,13 @@ def test_two_takes_are_nearer_to_each_other_than_to_other_programs():
     assert 0.15 < found < 0.8, found  # chance is 0.01
 
 
+def test_events_begin_inside_the_clip():
+    for program in range(3000):
+        starts = _times(_Dice(9, program, take=1, strength=0.3), 15360, 16000, 60)
+        assert 1 <= len(starts) <= 60 and starts[0] == 0, program
+        assert (np.diff(starts) >= 0).all() and starts[-1] < 15360, program
+
+
 def test_strength_decides_how_far_a_take_moves():
     dice = [_Dice(1, k, take=1, strength=strength) for strength in (0, 0.05, 0.5) for k in range(300)]
     places = np.array([d.number(0, 1) for d in dice]).reshape(3, 300)
@@ -146,3 +155,23 @@ def test_processes_that_share_a_batch_share_its_second_view():
     assert part["wav"].tolist() == [[1] * 4] * 2 and part["view2"]["wav"].tolist() == [[11] * 4] * 2
     with pytest.raises(ValueError, match="cannot share"):
         _share(batches, 0, 3)
+
+
+def test_a_run_on_generated_sounds_is_trained_scored_drawn_and_resumed(tmp_path):
+    cfg = dict(preset="semantic_unlabelled", img_size=(64, 80), epochs=1, warmup_epochs=0, batch_size=16, echo=2)
+    run = Run.train("generated", out=tmp_path / "run", clips=48, quiet=True, **cfg)
+    assert not (tmp_path / "run" / "recordings.csv").exists()
+    report = run.evaluate(quiet=True)
+    assert report.protocol.startswith("generated programs of another seed held out: 48 train / 480 test")
+    assert {"log-mel statistics", "untrained network", "chance"} <= set(report.rows)
+    again = Run(tmp_path / "run").resume(epochs=2, quiet=True)
+    assert again.history.rows[-1]["epoch"] == 2
+    assert again.config.whiten and again.model.whitening is not None
+
+
+def test_many_generated_clips_cost_nothing_before_they_are_used():
+    """A million clips open in a moment, a part of them judges, and validation takes a few hundred."""
+    sounds = generated(n=1_000_000, seconds=5.0)
+    fitted, held = without_validation(sounds, seed=0)
+    assert 480 <= len(held) <= 520 and len(fitted) + len(held) == 1_000_000
+    assert len(ClipLoader(fitted, unlabelled())) == len(fitted) // 8
