@@ -1,0 +1,198 @@
+"""Train the model in the box: on generated sounds alone, watched on recordings that it is not trained on.
+
+    python benchmarks/starter.py --clips 1000000 --watch ../shared/data/esc10 --out runs/starter
+    python benchmarks/starter.py --score ../shared/data/esc10 ../shared/data/fsdd synthetic --out runs/starter
+
+The first command trains, and resumes if it was interrupted. --clips counts the clips that are trained on, --programs
+the distinct programs among them (default: each clip is a new one); a program that comes again is performed anew.
+Watched are, in three read-outs, plain and whitened: held-out programs (kNN-10 and linear probe of the source, and how
+often a take's nearest neighbor among 480 programs is another take of the same one), and of each --watch set its first
+parts, at most three, each held out in turn; the parts that are left choose nothing. watch.csv has a line for each look.
+
+The second command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
+network and chance, and writes scores.json. The model's read-out is its preset's; its whitening is fitted to generated
+clips.
+
+Ablations: --without SOURCE leaves sources out, --takes 1 contrasts two augmented copies of one take instead of two
+takes, --strength moves the numbers of a program more or less from take to take, --set changes any setting.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from quality import baselines, column_of, mean_and_spread, opened, parts_of
+from trial import READ_OUTS, parsed
+
+from audiomaepp.batches import Augment, ClipLoader
+from audiomaepp.config import Config
+from audiomaepp.data import Recordings, drop_unreadable, split
+from audiomaepp.embed import EmbeddingGenerator, whiten_model
+from audiomaepp.evaluate import evaluate_embeddings
+from audiomaepp.features import build_frontend
+from audiomaepp.files import write_atomic
+from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.synthetic import SOURCES, generated
+from audiomaepp.train import Trainer
+from audiomaepp.validation import UNTRAINED, untrained_vectors, whitened
+
+SIZES = {  # of the encoder
+    "small": dict(embed_dim=96, depth=2, num_heads=4), "preset": {},
+    "large": dict(embed_dim=192, depth=3, num_heads=4, decoder_embed_dim=96),
+}
+HELD = 480  # held-out programs
+LOOKS = ("", "_frame", "_frame_std_statistics")  # read-outs that are watched, a name each in trial.py
+
+
+# ---- what is watched
+
+
+def in_memory(sounds, take):
+    """One take of some programs, as recordings."""
+    waves = [sounds.wav(i, take) for i in range(len(sounds))]
+    return Recordings(sounds.table, sounds.sample_rate, sounds.classes, waves, source="generated")
+
+
+def labelled_parts(source: str, cfg: Config, most: int = 3):
+    """The recordings of a set's first parts, and the name of each one's part."""
+    recordings = drop_unreadable(opened(source, cfg.sample_rate), quiet=True)
+    names = recordings.table[column_of(recordings)].astype(str).to_numpy()
+    rows = np.isin(names, np.unique(names)[:most])
+    return recordings.select(rows), names[rows]
+
+
+class Watch:
+    """Scores a model in some read-outs; called by the trainer now and then."""
+
+    def __init__(self, cfg: Config, sets: list[str], strength: float, out: Path):
+        programs = generated(2 * HELD, 1_000_000, cfg.clip_seconds, cfg.sample_rate, strength)
+        self.programs, self.again = in_memory(programs, 0), in_memory(programs.select(range(HELD)), 1)
+        self.sets = {Path(source).stem: labelled_parts(source, cfg) for source in sets}
+        self.out = out
+
+    def __call__(self, model) -> dict[str, float]:
+        cfg, row = model.cfg, {}
+        for ending in LOOKS:
+            model.cfg = cfg.replace(**READ_OUTS[ending], whiten=False)
+            embed = EmbeddingGenerator(model).embed_recordings
+            x, z = embed(self.programs)[0], embed(self.again)[0]
+            labels = self.programs.labels
+            for kind, (a, b) in (("", (x[HELD:], x[:HELD])), ("_whitened", whitened(x[HELD:], x[:HELD]))):
+                found = evaluate_embeddings(a, labels[HELD:], b, labels[:HELD])
+                row |= {f"programs_{k}{ending}{kind}": found[k] for k in ("knn", "linear")}
+            row[f"takes{ending}"] = found_again(x[:HELD], z)
+            for name, (recordings, names) in self.sets.items():
+                x, y = embed(recordings)[0], recordings.labels
+                for kind in ("", "_whitened"):
+                    folds = [judged(x, y, names == part, kind) for part in np.unique(names)]
+                    row |= {f"{name}_{k}{ending}{kind}": np.mean([f[k] for f in folds]) for k in ("knn", "linear")}
+        model.cfg = cfg
+        return {name: round(float(value), 4) for name, value in row.items()}
+
+
+def judged(x, y, held, kind):
+    """Scores of one part of a set."""
+    train, test = whitened(x[~held], x[held]) if kind else (x[~held], x[held])
+    return evaluate_embeddings(train, y[~held], test, y[held])
+
+
+def found_again(x, z):
+    """How often the nearest neighbor of a take is another take of the same program."""
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+    x, z = (torch.nn.functional.normalize(torch.from_numpy((v - mean) / spread), dim=1) for v in (x, z))
+    return float(((z @ x.T).argmax(1) == torch.arange(len(z))).float().mean())
+
+
+# ---- training
+
+
+def config_of(args) -> Config:
+    """The preset for unlabelled sounds, at one of the sizes, for so many clips."""
+    passes = args.clips / args.programs
+    changes = dict(map(parsed, args.set))
+    usual = dict(epochs=max(1, round(passes)), warmup_epochs=0.06 * passes, eval_every=0, num_workers=args.workers)
+    cfg = Config.preset("semantic_unlabelled", **SIZES[args.size] | usual | changes)
+    steps = args.clips // cfg.batch_size * cfg.echo
+    return cfg.replace(eval_steps=max(1, steps // args.looks))
+
+
+def train(args):
+    """Train, or continue; write the model and watch.csv."""
+    cfg, out = config_of(args), Path(args.out)
+    sources = [name for name in SOURCES if name not in args.without]
+    sounds = generated(args.programs, args.seed, cfg.clip_seconds, cfg.sample_rate, args.strength, sources)
+    sounds.has_takes = args.takes == 2
+    transform, began = Augment(cfg, build_frontend(cfg)), time.perf_counter()
+    if (out / "checkpoint.safetensors").exists():
+        trainer = Trainer.resume(out, transform=transform)
+    else:
+        trainer = Trainer(cfg, out_dir=out, transform=transform)
+        out.mkdir(parents=True, exist_ok=True)
+        facts = vars(args) | dict(sources=sources, torch=torch.__version__)
+        write_atomic(out / "starter.json", json.dumps(facts, indent=1, default=str).encode() + b"\n")
+    watch = Watch(cfg, args.watch, args.strength, out)
+    history = trainer.fit(ClipLoader(sounds, cfg), watch, best_by=None)
+    history.to_csv(out / "watch.csv")
+    model = whiten_model(AudioMAEPlusPlus.from_pretrained(out), generated(
+        5000, args.seed + 1, cfg.clip_seconds, cfg.sample_rate, args.strength, sources))
+    model.write(out)
+    print(f"{args.clips} clips, {sum(p.numel() for p in model.parameters()):,} weights, "
+          f"{time.perf_counter() - began:.0f} s in this process")
+
+
+# ---- scores
+
+
+def score(args):
+    """Score the trained model on whole sets, beside the baselines; write scores.json."""
+    out = Path(args.out)
+    model = AudioMAEPlusPlus.from_pretrained(out)
+    report = json.loads((out / "scores.json").read_text()) if (out / "scores.json").exists() else {}
+    for source in args.score:
+        recordings = opened(source, model.cfg.sample_rate)
+        recordings = recordings if source == "synthetic" else drop_unreadable(recordings, quiet=True)
+        rows = {"starter": [], UNTRAINED: []}
+        for part in parts_of(recordings):
+            whole = source == "synthetic"
+            train, test = recordings if whole else split(recordings, **{column_of(recordings): part})[:2]
+            x, y = (EmbeddingGenerator(model).embed_recordings(some)[0] for some in (train, test))
+            rows["starter"].append(evaluate_embeddings(x, train.labels, y, test.labels))
+            x, y = untrained_vectors(model.cfg, train, test, quiet=True)
+            rows[UNTRAINED].append(evaluate_embeddings(x, train.labels, y, test.labels))
+        rows |= baselines(source)
+        table = {name: mean_and_spread({0: parts}) for name, parts in rows.items()}
+        report[Path(source).stem] = table
+        print(f"\n{Path(source).stem}: {table['starter']['n_test']} held-out clips, nothing trained on them")
+        for name, row in table.items():
+            print(f"{name:32}{row['knn']:8.3f}{row['linear']:8.3f}")
+        write_atomic(out / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder of the model, its checkpoints and its scores")
+    parser.add_argument("--clips", type=int, default=1_000_000, help="clips to train on")
+    parser.add_argument("--programs", type=int, help="distinct programs; default: as many as clips")
+    parser.add_argument("--size", choices=SIZES, default="preset")
+    parser.add_argument("--watch", nargs="*", default=[], help="sets to look at, at most three parts of each")
+    parser.add_argument("--looks", type=int, default=12, help="how often to look")
+    parser.add_argument("--strength", type=float, default=0.05, help="how far a take moves the numbers of a program")
+    parser.add_argument("--takes", type=int, choices=(1, 2), default=2, help="takes that are contrasted")
+    parser.add_argument("--without", nargs="*", default=[], choices=list(SOURCES), help="sources to leave out")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="changes to the preset")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--threads", type=int, help="of the training; default: what torch takes")
+    parser.add_argument("--score", nargs="*", help="score the model on these sets instead of training it")
+    args = parser.parse_args()
+    args.programs = args.programs or args.clips
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    score(args) if args.score else train(args)
+
+
+if __name__ == "__main__":
+    main()
