@@ -112,11 +112,13 @@ class Train(Command):
             raise ValueError("out must name a folder with --resume or on several processes, got none; use --out runs/a")
         if not self.resume:
             self.data.check()
-        from audiomaepp.run import Run, is_main, new_folder, train_run
+        from audiomaepp.run import Run, is_main, new_folder, train_run, with_weights
 
         self.out = self.out or str(new_folder(self.data.data))
         if self.resume:
             self.data, self.config = as_begun(self)
+        else:
+            self.config = with_weights(self.config, self.given)
         if self.data.data == Source().data and "data" not in self.given and not self.resume:
             self.say("No folder is named: the training uses the built-in sounds. For yours: audiomaepp train FOLDER")
         train_run(self.config, self.data, self.out, self.resume, self.quiet)

@@ -47,6 +47,7 @@ from audiomaepp.files import (
 )
 from .model import AudioMAEPlusPlus
 from .pooling import fit_whitening
+from .run import with_weights
 from .store import write_parquet
 from .train import History, Trainer, collapse_warning, untrained
 from .validation import LOGMEL, STATISTICS, UNTRAINED, Validation, statistics_of
@@ -362,7 +363,8 @@ class Experiment:
 
     def config(self, setting: str, seed: int) -> Config:
         "Return the config of one training."
-        return Config.from_dict({**self.base, **self.settings[setting], "seed": seed})
+        fields = self.settings[setting]
+        return with_weights(Config.from_dict({**self.base, **fields, "seed": seed}), fields)
 
     def poolings(self, setting: str) -> list[str]:
         "Return the pooling modes in which a model of this setting is embedded."
@@ -406,7 +408,7 @@ def design(
     pooling: str | Sequence[str] | None, # pooling modes in which each model is embedded; None: the config's
 ) -> Experiment: # without data
     "Return an experiment whose configs are all valid; raise `ValueError` otherwise."
-    base = base if isinstance(base, Config) else Config.preset(base or "nano")
+    base = with_weights(base if isinstance(base, Config) else Config.preset(base or "nano"))
     pooling = [pooling] if isinstance(pooling, str) else None if pooling is None else list(pooling)
     for mode in pooling or []:
         if mode not in POOLING_MODES:
@@ -421,7 +423,7 @@ def design(
     for name, fields in named.items():
         try:
             for seed in seeds:
-                base.replace(**fields, seed=seed)
+                with_weights(base.replace(**fields, seed=seed), fields)
         except ValueError as error:
             raise ValueError(f"setting {name!r}: {error}") from None
     plain = json.loads(json.dumps(dict(settings=named, seeds=seeds, base=base.to_dict(), pooling=pooling)))

@@ -6,12 +6,13 @@
 __all__ = ['read_weights', 'load_official']
 
 # %% ../nbs/50_pretrained.ipynb #30aa0004
+import inspect
 import os
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor
 
-from .config import PRESETS, Config
+from .config import PRESETS, Config, _FrontEnd, _Image, _Model
 from .files import check_archive, damaged, make_folder, naming, read_header
 from .model import AudioMAEPlusPlus
 from .pooling import Whitening
@@ -79,6 +80,33 @@ def from_pretrained(
         model.whitening = Whitening(*whitened["whitening.weight"])
     model.load_state_dict(read_tensors(weights))
     return model.eval().to(device)
+
+# %% ../nbs/50_pretrained.ipynb #34708a5e
+def inherit(
+    cfg: Config, # settings of a training; `init` names a model
+    given: Collection[str] = (), # names of the settings that a person has chosen
+) -> Config:
+    "Return the settings of a training that starts from a model: the model's own where its weights need them."
+    there = Config.load(_find(cfg.init, "config.json", {}))
+    groups = (_Image, _Model, _FrontEnd)
+    fixed = {name: getattr(there, name) for group in groups for name in inspect.get_annotations(group)}
+    if "img_size" in given:
+        fixed["img_size"] = (cfg.img_size[0], fixed["img_size"][1])
+    wrong = [name for name in fixed if name in given and getattr(cfg, name) != fixed[name]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} must be {fixed[wrong[0]]!r}, as in the model init={cfg.init!r}, got "
+                         f"{getattr(cfg, wrong[0])!r}; leave it out, or train from random weights")
+    return cfg.replace(**fixed)
+
+
+def first_model(cfg: Config) -> AudioMAEPlusPlus:
+    "Return the model that a training with `init` starts with; raise `ValueError` if its weights do not fit."
+    path = _find(cfg.init, "model.safetensors", {})
+    shapes = {name: shape for name, shape in read_header(path).shapes.items() if not name.startswith("whitening.")}
+    check_shapes(shapes, weight_shapes(cfg, AudioMAEPlusPlus), path, f"the settings ({sizes(cfg)})")
+    model, weights = AudioMAEPlusPlus(cfg), read_tensors(path)
+    model.load_state_dict({name: weights[name] for name in shapes})
+    return model
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0005
 def generate_model_card(

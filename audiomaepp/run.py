@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -582,7 +582,7 @@ def train_or_continue(
     "Train a run, or continue it if `out` holds it; return its folder."
     source, settings = _source_of(os.fspath(data), settings)
     source.check()
-    cfg = Config.preset(preset, **settings)
+    cfg = with_weights(Config.preset(preset, **settings), settings)
     out = Path(out or new_folder(source.data))
     if (out / "config.json").exists() and made_by(out) in ("train", "demo"):
         _check_same(RunFolder(out), cfg, source)
@@ -591,6 +591,15 @@ def train_or_continue(
     else:
         train_run(cfg, source, out, quiet=quiet)
     return out
+
+
+def with_weights(cfg: Config, given: Collection[str] = ()) -> Config:
+    "Return the settings with those of the model whose weights the training starts from, if it starts from one."
+    if not cfg.init:
+        return cfg
+    from audiomaepp.pretrained import inherit
+
+    return inherit(cfg, given)
 
 
 def new_folder(data: str) -> Path:

@@ -308,7 +308,7 @@ def load_source(folder: Path) -> Source:
     path = folder / "data.json"
     with naming(path):
         kinds = get_type_hints(Source) | dict(held_out_rows=str | list[int] | None)
-        return Source(**check_fields(read_json(path), kinds, path, optional=["held_out_rows"]))
+        return Source(**check_fields(read_json(path), kinds, path, optional=["held_out_rows", "clips"]))
 
 
 def _names_digest(recordings: "Recordings", base: str) -> str:

@@ -196,6 +196,15 @@ class _Update(NamedTuple):
     grad_norm: Tensor # () norm of the gradients before clipping
     finite: bool # whether loss and gradients are finite in all processes; if not, the weights did not change
 
+# %% ../nbs/04_train.ipynb #a10000f1
+def _first_model(cfg: Config) -> AudioMAEPlusPlus:
+    "Return a model with random weights from the seed, or with those of the model that `cfg.init` names."
+    if not cfg.init:
+        return AudioMAEPlusPlus(cfg)
+    from audiomaepp.pretrained import first_model  # no cycle: only where a training starts from a model
+
+    return first_model(cfg)
+
 # %% ../nbs/04_train.ipynb #a100001b
 class _Engine:
     "A model and its optimizer on their device, in each of several processes."
@@ -203,14 +212,14 @@ class _Engine:
     def __init__(
         self,
         cfg: Config, # seed, optimizer, precision
-        model: nn.Module | None = None, # model to train; `AudioMAEPlusPlus` with weights from the seed if None
+        model: nn.Module | None = None, # model to train; `AudioMAEPlusPlus` with its first weights if None
     ):
         if not isinstance(cfg, Config):
             raise TypeError(f"Trainer takes the config first, got {type(cfg).__name__}; use Trainer(cfg, model)")
         self.cfg, self.processes = cfg, _Processes()
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         torch.manual_seed(cfg.seed)
-        model = (model or AudioMAEPlusPlus(cfg)).train()
+        model = (model or _first_model(cfg)).train()
         prepare_blocks(model, cfg)
         groups = getattr(model, "param_groups", partial(param_groups, model))(cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=cfg.fused_optimizer or None)
@@ -956,8 +965,8 @@ class Trainer:
         **options, # transform, callback, quiet, save_minutes, as for Trainer; epochs, to train longer
     ) -> "Trainer": # its `fit` continues where the run stopped
         "Return a trainer in the state of the newest checkpoint of a run."
-        header = Checkpoints(out_dir).read()
-        cfg = Config.from_dict(header["config"])
+        cfg = Config.from_dict((header := Checkpoints(out_dir).read())["config"])
+        options.setdefault("model", AudioMAEPlusPlus(cfg))  # its weights come from the checkpoint, not from `init`
         self = cls(cfg.replace(epochs=options.pop("epochs", cfg.epochs)), out_dir=out_dir, **options)
         self.saver.restore(header)
         return self
