@@ -428,6 +428,39 @@ class Predict(Command):
             print(table.to_csv(index=False) if self.format == "csv" else table.round(3).to_string(index=False))
         return {"predictions": rows, "skipped": skipped}
 
+# %% ../nbs/60_cli.ipynb #cdd599d4
+@dataclass
+class Distil(Command):
+    "Train a small model to give the embeddings of a better one, without labels: audiomaepp distil TEACHER sounds."
+
+    teacher: tyro.conf.Positional[str] # folder of a run, checkpoint, Hub repository, or Parquet file that embed wrote
+    data: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
+    out: str = "runs/distilled" # folder of the run
+    preset: str = "semantic_unlabelled" # settings of the student
+    epochs: int | None = None # passes over the training clips; the preset's by default
+    batch_size: int | None = None # clips in a batch; the preset's by default
+    base_lr: float | None = None # learning rate for 256 clips a step; the preset's by default
+    seed: int = 0 # seed of everything random
+
+    def run(self) -> dict:
+        self.data.check()
+        from audiomaepp.distil import distil
+
+        names = ("epochs", "batch_size", "base_lr", "seed")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.epochs is not None:
+            given["warmup_epochs"] = self.epochs / 10
+        source = {f.name: getattr(self.data, f.name) for f in dataclasses.fields(Source) if f.name != "data"}
+        source["held_out"] = source.pop("held_out_rows")
+        how = given | source | dict(preset=self.preset, out=self.out, quiet=self.quiet)
+        run = distil(self.teacher, self.data.data, **how)
+        self.say(f"\nThe student is in {self.out}. Next: audiomaepp map {shlex.quote(self.out)}")
+        rows = run.history.rows
+        return {"run": self.out, "epochs": run.config.epochs, **(rows[-1] if rows else {})}
+
+    def after_stop(self) -> str:
+        return "The same command continues."
+
 # %% ../nbs/60_cli.ipynb #fc65a1c7
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -725,7 +758,9 @@ def shortened(cls: type, names: tuple[str, ...]) -> type:
     return dataclass(frozen=True)(made)
 
 # %% ../nbs/60_cli.ipynb #5e11a002
-_BEFORE_DATA = {"demo": 1, "train": 1, "lab": 1, "embed": 2, "evaluate": 2, "finetune": 2}  # words before the folder
+_BEFORE_DATA = {  # words before the folder
+    "demo": 1, "train": 1, "lab": 1, "embed": 2, "evaluate": 2, "finetune": 2, "distil": 2,
+}
 
 
 def with_data(
@@ -819,7 +854,7 @@ def _parsed(
 # %% ../nbs/60_cli.ipynb #d2885d52
 _COMMANDS = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "map": Map, "embed": Embed, "search": Search,
-    "finetune": Finetune, "predict": Predict, "lab": Lab, "data": Data,
+    "finetune": Finetune, "predict": Predict, "distil": Distil, "lab": Lab, "data": Data,
     "doctor": Doctor,
 }
 _ABOUT = ("AudioMAE++: see what a loss does to an embedding space. --debug anywhere shows the traceback of an error, "

@@ -150,6 +150,9 @@ def train_run(
 
     with _held(Path(out)) as out:
         if resume:
+            if (maker := made_by(out)) not in ("train", "demo", ""):
+                raise ValueError(f"{out} must hold a run of train to resume it, got one of {maker}; give the command "
+                                 "that began it again, with the same out")
             trainer = Trainer.resume(out, quiet=quiet, epochs=cfg.epochs)
             trainer.history.rows[:] = _renamed(trainer.history).rows
             cfg = trainer.cfg
