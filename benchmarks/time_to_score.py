@@ -14,8 +14,9 @@ The recipes:
     before     the presets of an earlier commit, run by its own code: --before takes a checkout of it
     now        the presets of this commit
 
-Finished trainings in --out are skipped. The report says how many seconds each recipe needs for the best score that all
-of them reach, by linear interpolation between budgets, and the ratio; time_to_score.png shows the curves.
+Finished trainings in --out are skipped. The report compares each recipe with the last one: how many seconds both need
+for the best score that both reach, by linear interpolation between budgets, and the ratio. A curve whose cheapest
+training is better already counts with the seconds of that training. time_to_score.png shows the curves.
 """
 
 import argparse
@@ -149,13 +150,15 @@ def seconds_to(points, score, column):
 
 
 def compare(curves):
-    """{column: the highest score that all recipes reach, seconds of each, ratio to the last recipe}."""
-    found = {}
+    """{column: {recipe: the highest score that it and the last recipe reach, seconds of both, their ratio}}."""
+    found, (*others, last) = {}, curves
     for column, name in ((1, "knn"), (2, "linear")):
-        score = min(max(point[column] for point in points) for points in curves.values())
-        seconds = {recipe: seconds_to(points, score, column) for recipe, points in curves.items()}
-        last = seconds[list(curves)[-1]]
-        found[name] = dict(score=score, seconds=seconds, ratio={r: s / last for r, s in seconds.items()})
+        found[name] = {}
+        for recipe in others:
+            pair = curves[recipe], curves[last]
+            score = min(max(point[column] for point in points) for points in pair)
+            theirs, ours = (seconds_to(points, score, column) for points in pair)
+            found[name][recipe] = dict(score=score, seconds=theirs, ours=ours, ratio=theirs / ours)
     return found
 
 
@@ -182,9 +185,10 @@ def show(title, part):
     print(f"\n{title}: seconds, kNN-10 / linear, of the cheapest to the longest training")
     for recipe, points in part["curves"].items():
         print(f"{recipe:10}" + "".join(f"{f'{s:.0f} s {k:.3f} / {li:.3f}':>24}" for s, k, li in points))
-    for name, found in part["equal"].items():
-        times = ", ".join(f"{r} {s:.0f} s ({found['ratio'][r]:.2f}x)" for r, s in found["seconds"].items())
-        print(f"to {name} {found['score']:.3f}: {times}")
+    for name, pairs in part["equal"].items():
+        for recipe, found in pairs.items():
+            print(f"to {name} {found['score']:.3f}: {recipe} {found['seconds']:.0f} s, now {found['ours']:.0f} s, "
+                  f"{found['ratio']:.2f} times")
 
 
 def main():
