@@ -889,7 +889,11 @@ class _Batches:
 
     def __init__(self, train: Iterable, cfg: Config, processes: _Processes, world: int):
         self.train, self.accum_steps, self.processes, self.world = train, cfg.accum_steps, processes, world
-        self.per_epoch, self.epoch, self.groups = len(train) // world, None, iter(())
+        echo = getattr(train, "echo", 1) # steps with each batch that is loaded
+        self.per_epoch, self.epoch, self.groups = len(train) // echo // world * echo, None, iter(())
+        if echo > 1 and processes.count != world:
+            raise ValueError(f"a run with echo={echo} must resume on as many processes as it began with, {world}, got "
+                             f"{processes.count}; use {world}")
         if not self.per_epoch:
             raise ValueError(f"the training set must give at least {world} batches, one for each process, got "
                              f"{len(train)}; use more clips, or a smaller batch_size than {cfg.batch_size}")

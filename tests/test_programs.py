@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from audiomaepp.evaluate import logmel_statistics
 from audiomaepp.features import LogMel, build_frontend
 from audiomaepp.run import Run
 from audiomaepp.synthetic import SOURCES, _Dice, _times, generated
-from audiomaepp.train import Trainer, _share
+from audiomaepp.train import Trainer, _Batches, _share
 from audiomaepp.validation import without_validation
 
 SETS = [(0, 5.0, 16000), (1, 0.1, 8000), (2, 1.3, 44100), (3, 10.0, 16000)] # seed, seconds, Hz
@@ -147,6 +148,18 @@ def test_echo_trains_more_steps_on_each_batch():
         trainer.fit(ClipLoader(generated(n=24, seed=6, seconds=0.5), trainer.cfg))
         steps.append(trainer.history.rows[-1]["step"])
     assert steps == [6, 18]
+
+
+def test_echo_on_two_processes_counts_the_steps_that_each_can_take():
+    """A process that waits for a batch that never comes would hang the others."""
+    cfg = unlabelled(echo=3)
+    loader = ClipLoader(generated(n=40, seed=6, seconds=0.5), cfg)  # five batches: each process loads two
+    two = SimpleNamespace(count=2, rank=1)
+    assert _Batches(loader, cfg, two, 2).per_epoch == 6
+    loader.set_epoch(0, start=2 * 4, rank=1, world_size=2)
+    assert len(list(loader)) == 2  # four of six are done
+    with pytest.raises(ValueError, match="must resume on as many processes as it began with, 2, got 1; use 2"):
+        _Batches(loader, cfg, SimpleNamespace(count=1, rank=0), 2)
 
 
 def test_processes_that_share_a_batch_share_its_second_view():
