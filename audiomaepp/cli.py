@@ -338,17 +338,19 @@ class Search(Command):
             check_table(self.out, ("path", "similarity"))
         hits = self.find(where, clips)
         print(hits)
+        if hits.recall < 1:
+            self.say(f"In a table of this size not all rows are compared; {hits.recall:.0%} of the nearest are found.")
         table = hits.table.drop(columns="path_bytes", errors="ignore")
         if self.out:
             write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
-        return {"hits": json.loads(table.to_json(orient="records"))}
+        return {"hits": json.loads(table.to_json(orient="records")), "recall": hits.recall}
 
     def find(self, where: str, clips: list[str]) -> "Hits":
         "Return the nearest sounds in a Parquet file, or among those of a run."
         if Path(where).is_file():
             from audiomaepp.search import SoundIndex
 
-            return SoundIndex(where, self.model).search(clips, self.k)
+            return SoundIndex(where, self.model, quiet=self.quiet).search(clips, self.k)
         if not (Path(where) / "config.json").is_file():
             found = "which is neither" if os.path.exists(where) else "which does not exist"
             raise FileNotFoundError("place must be the folder of a run or a Parquet file that audiomaepp embed wrote, "

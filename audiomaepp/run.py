@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from audiomaepp.data import Recordings
+    from audiomaepp.embed import EmbeddingGenerator
     from audiomaepp.evaluate import Report
     from audiomaepp.explorer import Explorer
     from audiomaepp.maps import AlignedMaps
@@ -681,6 +682,23 @@ def embed_with_run(
     how: dict, # arguments of `embed_folder`: pooling_mode, windows, workers, overwrite
 ) -> "pd.DataFrame":
     "Embed recordings into a Parquet file, or continue that file; return its table."
+    from audiomaepp.embed import fingerprint
+
+    overwrite = how.pop("overwrite", False)
+    generator, data, place = embedding_job(run, data, device, how)
+    table = generator.embed_folder(data, out or place, quiet=quiet, overwrite=overwrite, **how)
+    remove_outdated(run.path, fingerprint(generator.model))
+    table.attrs["path"] = os.fspath(out or place)
+    return table
+
+
+def embedding_job(
+    run: RunFolder, # run whose model embeds
+    data: "str | os.PathLike | Recordings | None", # folder or table of sounds; the run's own recordings by default
+    device: str | None, # device of the model; a GPU if there is one
+    how: dict, # arguments of `embed_folder`
+) -> "tuple[EmbeddingGenerator, str | os.PathLike | Recordings, Path]": # generator, sounds, Parquet file
+    "Return what embeds some sounds, the sounds, and the file for their embeddings."
     from audiomaepp.embed import EmbeddingGenerator, fingerprint
 
     if data is None:
@@ -688,13 +706,8 @@ def embed_with_run(
         data, name = source.find(run.config), source.place
     else:
         name = os.path.abspath(data) if isinstance(data, str | os.PathLike) else data.source
-    generator, overwrite = EmbeddingGenerator(run.path, device), how.pop("overwrite", False)
-    weights = fingerprint(generator.model)
-    out = out or embeddings_path(run.path, name, f"{weights} {sorted(how.items())}")
-    table = generator.embed_folder(data, out, quiet=quiet, overwrite=overwrite, **how)
-    remove_outdated(run.path, weights)
-    table.attrs["path"] = os.fspath(out)
-    return table
+    generator = EmbeddingGenerator(run.path, device)
+    return generator, data, embeddings_path(run.path, name, f"{fingerprint(generator.model)} {sorted(how.items())}")
 
 
 def remove_outdated(
@@ -702,6 +715,8 @@ def remove_outdated(
     weights: str, # fingerprint of its model
 ):
     "Remove the files of `embeddings_path` that earlier weights made; nothing can use them again."
+    from audiomaepp.nearest import remove_keys
+
     ours = r".*-[0-9a-f]{6}-[0-9a-f]{6}[.]parquet(/[0-9]+[.]parquet)?"
     for path in list((run / "embeddings").rglob("*.parquet")):
         name = path.relative_to(run / "embeddings").as_posix().replace(".parts/", "/")
@@ -709,6 +724,9 @@ def remove_outdated(
             if re.fullmatch(ours, name) and parquet_schema(path).metadata.get(b"audiomaepp.model") != weights.encode():
                 path.unlink()
                 path.parent.rmdir()
+    for folder in (run / "embeddings").glob("*.parquet.search"):
+        if not folder.with_suffix("").exists():
+            remove_keys(folder)
 
 
 def embeddings_path(
@@ -734,7 +752,30 @@ def search_with_run(
     for clip in sound if isinstance(sound, list | tuple) else [sound]:
         if isinstance(clip, str | os.PathLike) and not os.fspath(clip).startswith("synthetic/"):  # a built-in sound
             need_path(clip, "sound must be a file")
-    return SoundIndex(embed_with_run(run, among, None, quiet, None, {}).attrs["path"], run.path).search(sound, k)
+    generator, place = embedded(run, among, quiet)
+    return SoundIndex(place, generator, quiet=quiet).search(sound, k)
+
+
+def embedded(
+    run: RunFolder, # run whose model embeds
+    data: str | os.PathLike | None, # folder or table of sounds; the run's own recordings by default
+    quiet: bool, # whether progress is hidden
+) -> "tuple[EmbeddingGenerator, Path]": # generator and table of the embeddings
+    "Embed what is not embedded yet; if nothing is new, the table stays as it is and its embeddings are not read."
+    from audiomaepp.data import open_recordings
+    from audiomaepp.embed import EmbeddingStream
+    from audiomaepp.store import recording_state, unfinished
+
+    generator, data, place = embedding_job(run, data, None, {})
+    sounds = open_recordings(data, generator.cfg.sample_rate)
+    states = {path: recording_state(path, wave) for path, wave in zip(sounds.paths, sounds.waves, strict=True)}
+    notes = EmbeddingStream(generator.encoder, generator.hop, generator.batch_size).notes(generator.place)
+    lacks = unfinished(place, sounds.table, notes, states)
+    if lacks and len(lacks) < len(sounds) / 2 and not len(generator.embed_recordings(sounds.select(lacks))[1]):
+        lacks = []  # none of them can be decoded
+    if lacks is None or lacks:
+        embed_with_run(run, sounds, place, quiet, None, {})
+    return generator, place
 
 # %% ../nbs/40_run.ipynb #40a00011
 def in_training(

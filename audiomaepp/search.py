@@ -7,21 +7,19 @@ __all__ = ['Hits', 'SoundIndex', 'search']
 
 # %% ../nbs/22_search.ipynb #24aa0004
 import os
+import weakref
 from base64 import b64encode
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from functools import cached_property, partial
 
 import numpy as np
 
 from .embed import EmbeddingGenerator, fingerprint
-from .evaluate import standardize
-from .files import parquet_schema, printable, read_parquet, shown
+from .files import naming, parquet_schema, printable, read_parquet, shown
+from .nearest import EXACT, Keys, kept_keys, keys_in_memory, make_keys, nearest_rows, table_state
 from .store import stacked
 from .tables import escape, paths_of
-
-# %% ../nbs/22_search.ipynb #22e00003
-def _directions(x: np.ndarray) -> np.ndarray: # (n, D) float32 of length 1
-    "Return vectors scaled to length 1."
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/22_search.ipynb #24aa0007
 def _player(
@@ -44,8 +42,9 @@ class Hits:
     def __init__(
         self,
         table, # DataFrame: the columns of the rows without the embedding, and `similarity`
+        recall: float = 1.0, # share of the ten nearest rows that such a search finds; 1 if all rows are compared
     ):
-        self.table = table
+        self.table, self.recall = table, recall
 
     def __len__(self):
         return len(self.table)
@@ -69,12 +68,138 @@ class Hits:
         with pd.option_context("display.max_colwidth", None):
             return cells.to_html(index=False, escape=False, border=0, formatters=[str] * cells.shape[1])
 
+# %% ../nbs/22_search.ipynb #718e33f4
+class FrameRows:
+    "Rows of a DataFrame of embeddings."
+
+    def __init__(self, frame, name: str):
+        self.frame, self.name, self.columns = frame, name, list(frame.columns)
+
+    def __len__(self): return len(self.frame)
+
+    def batches(self, columns: list[str]) -> Iterator: # of (first row, DataFrame)
+        yield 0, self.frame[columns]
+
+    def embeddings(self, quiet: bool = True) -> Iterator[np.ndarray]: # one block, (n, D) float32
+        yield stacked(self.frame["embedding"], self.name)
+
+    def take(self, rows: np.ndarray, columns: list[str]): # DataFrame
+        return self.frame[columns].iloc[rows]
+
+
+def as_matrix(
+    column, # pyarrow.Array of embeddings
+    table: str | os.PathLike, # name of the table, for the error message
+    width: int | None, # numbers in each embedding; those of the first row when None
+    first: int, # row number of the first embedding
+) -> np.ndarray: # (n, D) float32
+    "Return embeddings as one array, without an object for each row; raise `ValueError` as `stacked` does."
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and len(column) and not column.null_count:
+        lengths, numbers = pc.list_value_length(column).to_numpy(), column.flatten()
+        width = width or int(lengths[0])
+        if width and (lengths == width).all() and pa.types.is_floating(numbers.type) and not numbers.null_count:
+            with np.errstate(over="ignore"):
+                x = numbers.to_numpy().reshape(-1, width).astype(np.float32, copy=False)
+            if np.isfinite(x).all():
+                return x
+    return stacked(column.to_pandas(), table, width, first)
+
+# %% ../nbs/22_search.ipynb #72dabed2
+class FileRows:
+    "Rows of a Parquet file of embeddings, read when they are needed."
+
+    def __init__(self, path: str | os.PathLike):
+        import pyarrow.parquet as pq
+
+        self.name, self.columns = path, parquet_schema(path, ["path", "embedding"]).names
+        source = open(path, "rb")  # noqa: SIM115 - open as long as the index; pyarrow opens only names in UTF-8
+        weakref.finalize(self, source.close)
+        with naming(path, "a Parquet table"):
+            self.state, self.file = table_state(source), pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
+            groups = self.file.metadata
+        self.ends = np.cumsum([groups.row_group(i).num_rows for i in range(groups.num_row_groups)], dtype=np.int64)
+
+    def __len__(self): return self.file.metadata.num_rows
+
+    def _read(self, columns: list[str], **groups) -> Iterator: # of pyarrow.RecordBatch
+        "Yield some columns in batches; a batch of embeddings of 1,000 numbers has 8 MB."
+        with naming(self.name, "a Parquet table"):
+            yield from self.file.iter_batches(2048 if "embedding" in columns else 65_536, columns=columns, **groups)
+
+    def batches(self, columns: list[str]) -> Iterator: # of (first row, DataFrame)
+        first = 0
+        for batch in self._read(columns):
+            yield first, batch.to_pandas(ignore_metadata=True)
+            first += len(batch)
+
+    def embeddings(self, quiet: bool = True) -> Iterator[np.ndarray]: # blocks, (any, D) float32
+        from tqdm.auto import tqdm
+
+        width, first = None, 0
+        with tqdm(total=len(self), desc="reading embeddings", unit=" rows", disable=quiet) as bar:
+            for batch in self._read(["embedding"]):
+                x = as_matrix(batch.column(0), self.name, width, first)
+                width, first = x.shape[1], first + len(x)
+                bar.update(len(x))
+                yield x
+
+    def take(self, rows: np.ndarray, columns: list[str]): # DataFrame
+        import pyarrow as pa
+
+        wanted, back = np.unique(rows, return_inverse=True)
+        parts = [pa.schema([self.file.schema_arrow.field(name) for name in columns]).empty_table()]
+        for group in np.unique(np.searchsorted(self.ends, wanted, side="right")).tolist():
+            first = int(self.ends[group - 1]) if group else 0
+            for batch in self._read(columns, row_groups=[group]):
+                inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+                if len(inside):
+                    parts.append(pa.table(batch).take(pa.array(inside)))
+                first += len(batch)
+        frame = pa.concat_tables(part.replace_schema_metadata() for part in parts).to_pandas().iloc[back]
+        return frame.set_axis(rows, axis=0)
+
 # %% ../nbs/22_search.ipynb #22e00006
 def _resolved(paths) -> np.ndarray: # (n,) of str
     "Return absolute paths without links to folders; each folder is looked up once, and files are not opened."
     pairs = [os.path.split(os.path.abspath(path)) for path in map(str, paths)]
     real = {folder: os.path.realpath(folder) for folder, _ in pairs}
     return np.array([os.path.join(real[folder], name) for folder, name in pairs], dtype=object)
+
+# %% ../nbs/22_search.ipynb #2530675f
+def _ending(
+    text, # Series of paths
+    names: Collection[str], # names of files
+) -> np.ndarray: # numbers of the rows
+    "Return the rows whose path may end in one of some names."
+    from pandas.api.types import is_string_dtype
+
+    if not is_string_dtype(text):
+        return np.arange(len(text))
+    if len(names) < 20:
+        return np.flatnonzero(text.str.endswith(tuple(names), na=False))
+    return np.flatnonzero(text.str.replace(r"^.*[/\\]", "", regex=True).isin(names))
+
+
+def rows_of(
+    source: FrameRows | FileRows,
+    paths: list, # paths of files
+) -> list[np.ndarray]: # (any,) rows of each file
+    "Return the rows of some files; if a file has none, the rows whose path reads as the given one."
+    places, texts = defaultdict(list), defaultdict(list)
+    real = [{*_resolved([path, os.path.realpath(path)])} for path in paths]  # it may be a link itself
+    given = [printable(os.fspath(path)) for path in paths]
+    names = {os.path.basename(printable(place)) for place in [*given, *set().union(*real)]}
+    for first, part in source.batches([name for name in ("path", "path_bytes") if name in source.columns]):
+        near = _ending(part["path"], names)
+        part = part.iloc[near]
+        for row, place, text in zip((first + near).tolist(), _resolved(paths_of(part)), part["path"], strict=True):
+            places[place].append(row)
+            texts[text].append(row)
+    found = [sorted(row for place in own for row in places[place]) for own in real]
+    return [np.array(rows or texts[text], np.int64) for rows, text in zip(found, given, strict=True)]
 
 # %% ../nbs/22_search.ipynb #24aa0022
 def _notes(table: str | os.PathLike) -> dict[str, str]: # model, place, pooling_mode, rows, hop
@@ -123,9 +248,6 @@ def _embedded(
     return vector
 
 # %% ../nbs/22_search.ipynb #22e00009
-EXACT = 50_000  # largest number of rows that are all compared
-
-
 def _opened(table): # Parquet file or DataFrame → DataFrame, its name for error messages, its notes
     "Return an embedding table, its name and its notes; raise `ValueError` if it has no embeddings."
     import pandas as pd
@@ -140,41 +262,90 @@ def _opened(table): # Parquet file or DataFrame → DataFrame, its name for erro
         raise ValueError(f"{name} must hold embeddings, got {found}; use a table that embed_folder wrote")
     return frame, name, {} if given else _notes(table)
 
-# %% ../nbs/22_search.ipynb #22e0000c
-def _neighbor_graph(keys: np.ndarray): # pynndescent.NNDescent
-    "Return a graph of the nearest neighbors of each key, in which a query is searched."
-    from pynndescent import NNDescent
+# %% ../nbs/22_search.ipynb #3eea59aa
+def _source(table) -> FrameRows | FileRows:
+    "Return the rows of an embedding table; raise `ValueError` if it has none or no embeddings."
+    if isinstance(table, str | os.PathLike) and len(rows := FileRows(table)):
+        return rows
+    frame, name, _ = _opened(table)
+    return FrameRows(frame, name)
 
-    graph = NNDescent(keys, metric="dot", random_state=0)
-    graph.prepare()
-    return graph
+
+def clips_of(query) -> list:
+    "Return the clips of a query, also those of lists in a list."
+    return [clip for one in query for clip in clips_of(one)] if isinstance(query, list | tuple) else [query]
 
 
+def files_in(
+    queries: list,
+    source: FrameRows | FileRows,
+) -> dict[str, np.ndarray]: # path → its rows
+    "Return the rows of each file that is named in some queries."
+    paths = [clip for query in queries for clip in clips_of(query) if isinstance(clip, str | os.PathLike)]
+    return dict(zip(map(os.fspath, paths), rows_of(source, paths), strict=True)) if paths else {}
+
+
+def own_rows(
+    query,
+    files: dict[str, np.ndarray], # path → its rows
+) -> np.ndarray:
+    "Return the rows of the files in a query."
+    paths = [os.fspath(clip) for clip in clips_of(query) if isinstance(clip, str | os.PathLike)]
+    return np.concatenate([np.zeros(0, np.int64), *(files[path] for path in paths)])
+
+# %% ../nbs/22_search.ipynb #f51cf6f3
+SMALL = 2**26  # bytes of a file whose keys are not kept: it is read in a tenth of a second
+
+
+def _keys(
+    table, # Parquet file or DataFrame
+    source: FrameRows | FileRows, # its rows
+    exact: int, # largest number of rows of a file that are all compared
+    quiet: bool, # whether progress is hidden
+) -> Keys:
+    "Return the keys of a table, in memory or in a file."
+    if isinstance(source, FrameRows):
+        return make_keys(next(source.embeddings()))
+    if len(source) <= exact and os.path.getsize(table) <= SMALL:
+        return keys_in_memory(source.embeddings(), len(source))
+    return kept_keys(table, source.state, partial(source.embeddings, quiet), len(source), exact, quiet)
+
+# %% ../nbs/22_search.ipynb #d1200dae
 def _index_line(index: "SoundIndex") -> str:
-    "Return one line: rows, width, classes and the model of an index."
-    rows, width = index.x.shape
-    labels = index.table["label"].nunique() if "label" in index.table else 0
-    parts = [f"{rows} rows of {width} numbers", f"{labels} classes" if labels else "no labels"]
-    return ", ".join([*parts, f"model {place}" if (place := index.notes.get("place")) else "no model named"])
+    "Return one line: rows, width, classes, the model, and how much is compared."
+    rows, width = index.keys.shape
+    parts, cells, labels = [f"{rows} rows of {width} numbers"], index.nearest.cells, set()
+    for _, part in index.source.batches(["label"]) if "label" in index.source.columns else ():
+        labels.update(part["label"].dropna().unique())
+    parts += [f"{len(labels)} classes" if labels else "no labels"]
+    parts += [f"model {place}" if (place := index.notes.get("place")) else "no model named"]
+    if cells is not None and cells.share < 1:
+        parts += [f"{cells.share:.1%} of the rows are compared (recall {cells.recall:.3f})"]
+    return ", ".join(parts)
 
 
-def _nearest(
-    keys: np.ndarray, # (n, D) directions of the rows
-    key: np.ndarray, # (D,) direction of the query
+def _hits(
+    index: "SoundIndex",
+    vectors: list[np.ndarray], # (D,) embedding of each query
+    own: list[np.ndarray], # (any,) rows that are left out, for each query
     k: int, # number of rows
-    own: np.ndarray, # (n,) mask of the rows that are left out
-    graph=None, # graph of `_neighbor_graph`; default: all rows are compared
-) -> tuple[np.ndarray, np.ndarray]: # (k,) numbers of the rows, (k,) similarities
-    "Return the rows nearest to a key."
-    if graph is None:
-        similar = keys @ key
-        rows = np.argsort(-similar, kind="stable")
-    else:
-        rows = graph.query(key[None], k=min(len(keys), k + int(own.sum())))[0][0]
-        similar = np.zeros(len(keys), np.float32)
-        similar[rows] = keys[rows] @ key
-    rows = rows[~own[rows]][:k]
-    return rows, similar[rows]
+) -> list[Hits]:
+    "Return the rows nearest to each query."
+    if not vectors:
+        return []
+    if not np.isfinite(x := np.stack(vectors)).all():
+        raise ValueError("query must hold finite numbers, got NaN or infinity; use an undamaged clip")
+    cells = index.nearest.cells
+    recall = 1.0 if cells is None else float(cells.recall)
+    found = nearest_rows(index.nearest, x, k + max(map(len, own)))
+    found = [(rows[keep][:k], similar[keep][:k]) for (rows, similar), some in zip(found, own, strict=True)
+             for keep in [~np.isin(rows, some)]]
+    columns = [name for name in index.source.columns if name != "embedding"]
+    table, end, hits = index.source.take(np.concatenate([rows for rows, _ in found]), columns), 0, []
+    for _, similar in found:
+        start, end = end, end + len(similar)
+        hits.append(Hits(table.iloc[start:end].assign(similarity=similar), recall))
+    return hits
 
 # %% ../nbs/22_search.ipynb #24aa0009
 class SoundIndex:
@@ -184,47 +355,49 @@ class SoundIndex:
         self,
         table: str | os.PathLike, # Parquet file of `embed_folder`, or the DataFrame that it returns
         model=None, # model that made it, or its folder; default: the one that the table names
-        exact: int = EXACT, # largest number of rows that are all compared; for more, a graph is searched
+        exact: int = EXACT, # largest number of rows of a file that are all compared; for more, cells are searched
+        quiet: bool = False, # whether the progress for large files is hidden
     ):
-        self.table, self.name, self.notes = _opened(table)
-        self.paths = paths_of(self.table)
-        self.x, self.exact = stacked(self.table["embedding"], self.name), exact
+        self.source, self.exact = _source(table), exact
+        self.name, self.notes = self.source.name, _notes(table) if isinstance(self.source, FileRows) else {}
         self.model = None if model is None else _maker(model, self.notes, self.name)
-        self.keys = _directions(standardize(self.x)[0])
+        self.nearest = _keys(table, self.source, exact, quiet)
+        self.keys = self.nearest.vectors
 
-    def __len__(self): return len(self.x)
+    def __len__(self): return len(self.source)
 
     def __repr__(self): return f"SoundIndex({_index_line(self)})"
 
     @cached_property
-    def _graph(self): # built at the first search
-        return _neighbor_graph(self.keys) if len(self) > self.exact else None
+    def x(self) -> np.ndarray: # (n, D) float32, all embeddings; a search does not read them
+        return np.concatenate(list(self.source.embeddings()))
 
     @cached_property
-    def _places(self) -> np.ndarray: # (n,) of str
-        return _resolved(self.paths)
+    def table(self): # DataFrame of all columns; a search does not read it
+        return self.source.take(np.arange(len(self)), self.source.columns)
 
-    def _own(self, path: str | os.PathLike) -> np.ndarray: # (n,) bool, the rows of a file
-        own = np.isin(self._places, _resolved([path, os.path.realpath(path)]))  # it may be a link itself
-        return own if own.any() else (self.table["path"] == printable(os.fspath(path))).to_numpy()
+    @property
+    def paths(self) -> list[str]: return paths_of(self.table)
 
     def vector(
         self,
         query, # path, in the table or not; samples at the model's rate; an embedding; or a list, whose mean is taken
     ) -> np.ndarray: # (D,)
         "Return the embedding of a query."
+        return self._vector(query, files_in([query], self.source))
+
+    def _vector(self, query, files: dict[str, np.ndarray]) -> np.ndarray: # (D,)
         if isinstance(query, list | tuple):
             if not query:
                 raise ValueError("query must hold at least one clip, got an empty list; use a path")
-            return np.mean([self.vector(one) for one in query], axis=0)
+            return np.mean([self._vector(one, files) for one in query], axis=0)
         if isinstance(query, str | os.PathLike):
-            rows = self.x[self._own(query)]
-            if len(rows):
-                return rows.mean(axis=0)
-        elif np.ndim(query) == 1 and len(query) == self.x.shape[1]:
+            if len(rows := files[os.fspath(query)]):
+                return stacked(self.source.take(rows, ["embedding"])["embedding"], self.name).mean(axis=0)
+        elif np.ndim(query) == 1 and len(query) == self.keys.shape[1]:
             return np.asarray(query, np.float32)
         self.model = self.model or _noted_maker(query, self.notes, self.name)
-        return _embedded(self.model, query, self.notes, self.x.shape[1])
+        return _embedded(self.model, query, self.notes, self.keys.shape[1])
 
     def search(
         self,
@@ -232,14 +405,19 @@ class SoundIndex:
         k: int = 10, # number of rows
     ) -> Hits:
         "Return the `k` rows that sound most like the query; the rows of a queried path are left out."
+        return self.search_each([query], k)[0]
+
+    def search_each(
+        self,
+        queries: list, # queries, each of them as for `search`
+        k: int = 10, # number of rows for each
+    ) -> list[Hits]:
+        "Search for many queries together, up to 256 in one pass through the table; return the hits of each."
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}; use 10")
-        key = _directions(standardize(self.x, self.vector(query)[None])[1])[0]
-        clips = query if isinstance(query, list | tuple) else [query]
-        own = [self._own(clip) for clip in clips if isinstance(clip, str | os.PathLike)]
-        own = np.any(own, axis=0) if own else np.zeros(len(self), bool)
-        rows, similar = _nearest(self.keys, key, k, own, self._graph)
-        return Hits(self.table.iloc[rows].drop(columns="embedding").assign(similarity=similar))
+        files = files_in(queries, self.source)
+        own = [own_rows(query, files) for query in queries]
+        return _hits(self, [self._vector(query, files) for query in queries], own, k)
 
 # %% ../nbs/22_search.ipynb #24aa0010
 def search(

@@ -221,6 +221,37 @@ def merge_parts(
                 own = pa.Table.from_pandas(plain.iloc[[row for _, row in pairs]], columns, preserve_index=False)
                 writer.write_table(pa.table([*own.columns, *found.columns], schema=schema))
 
+# %% ../nbs/store.ipynb #cf034ec6
+def unfinished(
+    path: Path, # table of embeddings, if it exists
+    table, # DataFrame of the recordings
+    notes: Mapping[str, str], # texts for the metadata of the file
+    states: Mapping[str, tuple[int, int]], # path → state, of all recordings
+) -> list[int] | None: # numbers of the recordings that have no row; None: the file must be written again
+    "Return what a table lacks; its embeddings are not read."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file() or os.path.exists(f"{path}.parts"):
+        return None
+    try:
+        check_notes(path, notes)
+    except ValueError:
+        return None
+    plain, places = storable(table), {name: number for number, name in enumerate(paths_of(table))}
+    columns = pa.Schema.from_pandas(plain, preserve_index=False)
+    with naming(path, "a Parquet table of embed_folder"), open(path, "rb") as source, pq.ParquetFile(source) as file:
+        if {*file.schema_arrow.names} != {*columns.names, *ADDED}:
+            return None
+        found = file.read([*columns.names, "size", "modified"])
+    names, held = _names(found), zip(found["size"].to_pylist(), found["modified"].to_pylist(), strict=True)
+    if len(places) < len(table) or any(states.get(name) != state for name, state in zip(names, held, strict=True)):
+        return None
+    own = pa.Table.from_pandas(plain.iloc[[places[name] for name in names]], columns, preserve_index=False)
+    if not own.equals(found.select(columns.names)):
+        return None
+    return sorted({*places.values()} - {places[name] for name in names})
+
 # %% ../nbs/store.ipynb #57a00016
 def remove_unfinished(path: Path):
     "Remove a Parquet file whose writer was killed."

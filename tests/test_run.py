@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from audiomaepp import Config, Run, cli, train
+from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.run import hints, train_run
 from audiomaepp.source import Source, load_source, open_source
 from audiomaepp.synthetic import synthesize
@@ -238,6 +239,49 @@ def test_more_epochs_are_a_matter_for_resume(run, sounds):
     "The advice to train longer led to an error that named no way to do it."
     with pytest.raises(ValueError, match=r"epochs=9 differs .*resume\(epochs=9\)"):
         Run.train(sounds, out=run.path, fold=2, quiet=True, **TINY | dict(epochs=9))
+
+
+def test_a_second_search_embeds_nothing_and_leaves_the_table(run, sounds, tmp_path, monkeypatch):
+    """Each search wrote the table of a million recordings again, and then the keys of that table."""
+    more = tmp_path / "more"
+    shutil.copytree(sounds.parent, more)
+    (more / "list.csv").unlink()
+    (more / "broken.wav").write_bytes(b"no sound")
+    first = run.search(more / "04.wav", k=3, among=more, quiet=True).table
+    assert str(more / "04.wav") not in set(first["path"]) and len(first) == 3
+    (table,) = (run.path / "embeddings").glob("more-*.parquet")
+    before = table.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingGenerator, "embed_folder", lambda *args, **how: pytest.fail("the table was written"))
+        assert run.search(more / "04.wav", k=3, among=more, quiet=True).table.equals(first)
+    assert table.stat().st_mtime_ns == before
+    shutil.copy(more / "04.wav", more / "copy.wav")
+    assert run.search(more / "04.wav", k=1, among=more, quiet=True).table["path"].iat[0] == str(more / "copy.wav")
+    soundfile.write(more / "copy.wav", np.sin(np.arange(16000) / 3), 16000)
+    hits = run.search(more / "04.wav", k=30, among=more, quiet=True).table.set_index("path")
+    assert hits.loc[str(more / "copy.wav"), "similarity"] < 0.999
+    (more / "copy.wav").unlink()
+    assert str(more / "copy.wav") not in set(run.search(more / "04.wav", k=30, among=more, quiet=True).table["path"])
+
+
+def test_a_new_label_is_shown_by_the_next_search(run, sounds, tmp_path):
+    rows = pd.read_csv(sounds).assign(path=[str(sounds.parent / name) for name in pd.read_csv(sounds)["path"]])
+    for label in ("quiet", "loud"):
+        rows.assign(label=label).to_csv(tmp_path / "list.csv", index=False)
+        hits = run.search(sounds.parent / "04.wav", k=3, among=tmp_path / "list.csv", quiet=True).table
+        assert set(hits["label"]) == {label}
+
+
+def test_keys_go_with_their_table(sounds, tmp_path, monkeypatch):
+    """After more training, the keys of the old embeddings stayed on the disk for ever."""
+    monkeypatch.setattr("audiomaepp.search.SMALL", 0)
+    run = Run.train(sounds, out=tmp_path / "run", fold=2, quiet=True, **TINY)
+    kept = []
+    for epochs in (1, 2):
+        run = run.resume(epochs=epochs, quiet=True) if epochs > 1 else run
+        run.search(sounds.parent / "00.wav", k=2, quiet=True)
+        kept.append([path.name for path in (run.path / "embeddings").glob("*.search")])
+    assert [len(names) for names in kept] == [1, 1] and kept[0] != kept[1]
 
 
 def test_a_missing_sound_is_named_before_anything_is_embedded(run, monkeypatch):
