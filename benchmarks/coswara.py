@@ -8,6 +8,8 @@ holds those of 76 participants. ANNOTATIONS: the folder `annotations` of github.
 4942c97), whose listeners gave each recording a quality from 0 to 2. License of the recordings: CC BY 4.0 (Sharma et
 al. 2020, "Coswara: a database of breathing, cough, and voice sounds for COVID-19 diagnosis", arXiv 2005.10548).
 
+coswara.json is the first result, of seed 0; nothing was changed after it.
+
 The labels are the nine things that people were asked to do. Recordings of quality 0, without a quality, shorter than
 half a second or with the bytes of another one are left out. The participants are shared out among five folds by a
 digest of their names, so that no voice is on both sides of a split.

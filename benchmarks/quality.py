@@ -11,7 +11,7 @@ front end (`top_db`), each judged by models that were not trained on that speake
 0.80 / 0.80 with labels and 0.54 / 0.62 without (kNN-10 / linear probe, one seed). The read-outs and their whitening
 were compared on pairs of speakers as well. All other changes for words were chosen on other recordings: nine speakers
 of the Arabic speech commands, of whom five were trained on and four judged. No trial was made on the built-in sounds,
-nor on Coswara (coswara.py), which will be scored once, when everything is chosen.
+nor on Coswara (coswara.py), which was scored once, when everything was chosen (coswara.json).
 
 quality.json in --out keeps the scores of every finished run, and each run has a folder with its checkpoint: an
 interrupted benchmark resumes, and more seeds can be added later, on another machine. `--data` takes any folder in
