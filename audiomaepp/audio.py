@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from .files import printable
+from .pieces import is_address, open_file, piece_of, too_short
 
 # %% auto #0
 __all__ = ['AUDIO_EXTENSIONS', 'AudioError', 'AudioInfo', 'probe', 'resample', 'load_audio', 'stream_audio', 'windows']
@@ -76,7 +77,9 @@ _KINDS = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"
 def not_a_file(
     path: str | os.PathLike, # path of a file
 ) -> str: # reason; empty for a regular file
-    "Return why a path is not a regular file, without opening it."
+    "Return why a path is not a regular file, or a piece of one, without opening it."
+    if (piece := piece_of(path)) is not None:
+        return "" if is_address(piece.tar) else not_a_file(piece.tar) or too_short(piece)
     try:
         link = f"is a link to {os.readlink(path)}, which" if os.path.islink(path) else ""
         kind = os.stat(path).st_mode
@@ -176,9 +179,23 @@ def _sound(file, name: str, head: bytes):
         raise AudioError(name, f"is not audio that can be decoded: {said}it begins with {head[:16]!r}") from None
 
 
+def _open_piece(path: str | os.PathLike): # binary file object
+    "Open a recording inside a tar file; raise `AudioError` if that is impossible."
+    if problem := not_a_file(path):
+        raise AudioError(_name(path), problem)
+    try:
+        return open_file(path)
+    except OSError as error:
+        raise AudioError(_name(path), f"cannot be opened ({error.strerror or error})") from None
+
+
 @contextmanager
 def _opened(source):
     "Open `source`; yield its `soundfile.SoundFile` and its ends, or raise `AudioError`."
+    if isinstance(source, (str, os.PathLike)) and piece_of(source):
+        with _open_piece(source) as file, _opened(file) as found:
+            yield found
+        return
     if isinstance(source, (str, os.PathLike)):
         ends = _path_ends(source)
         # as bytes: soundfile encodes a str itself and fails on names that are not UTF-8

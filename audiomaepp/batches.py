@@ -26,6 +26,7 @@ from .config import Config
 from .data import KEEP, Recordings, Skipped
 from .features import EPS, FrontEnd, build_frontend, frames_of_clip, in_blocks, log_clip, log_recording
 from .files import OutputError
+from .pieces import shard_numbers
 
 # %% ../nbs/14_batches.ipynb #f5a12abf
 def _in_pairs(
@@ -43,17 +44,33 @@ def _in_pairs(
     return np.concatenate(pairs)[np.argsort(np.concatenate(places), kind="stable")].ravel()
 
 # %% ../nbs/14_batches.ipynb #e8d4f609
+def _shuffled(
+    n: int, # number of rows
+    rng: np.random.Generator, # source of the random order
+    shards: np.ndarray | None, # (n,) number of the shard of each row
+    near: int = 10_000, # rows in which shards are mixed
+) -> np.ndarray: # (n,) row numbers
+    "Return all rows in a random order; rows of large sets of shards come shard by shard, mixed within a few shards."
+    if shards is None or n <= near:
+        return rng.permutation(n)
+    order = np.argsort(rng.permutation(shards.max() + 1)[shards], kind="stable")
+    for first in range(0, n, near):
+        rng.shuffle(order[first : first + near])
+    return order
+
+
 def _plan(
     labels: np.ndarray, # (n,) int64 classes
     batch_size: int, # clips in a batch
     seed: int, # seed of the order
     epoch: int, # number of the epoch
     balanced: bool, # whether the clips of a class come in pairs
+    shards: np.ndarray | None = None, # (n,) number of the shard of each row
 ) -> list[list[tuple[int, int, int]]]: # batches of (epoch, row, how often it came before)
     "Return the batches of one epoch of training, as keys."
     rng = np.random.default_rng([0, seed, epoch])
     balanced = balanced and batch_size > 1
-    order = _in_pairs(labels, rng) if balanced else rng.permutation(len(labels))
+    order = _in_pairs(labels, rng) if balanced else _shuffled(len(labels), rng, shards)
     size = batch_size // 2 * 2 if balanced else batch_size # pairs need an even size
     before, keys = defaultdict(int), []
     for row in order.tolist():
@@ -66,8 +83,9 @@ def _plan(
 class _Schedule:
     "The batches of the current epoch from `start` on, as keys."
 
-    def __init__(self, labels: np.ndarray, batch_size: int, seed: int, train: bool, balanced: bool):
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int, train: bool, balanced: bool, shards=None):
         self.labels, self.batch_size, self.seed, self.train, self.balanced = labels, batch_size, seed, train, balanced
+        self.shards = shards
         self.epoch, self.start, self.rank, self.world_size = 0, 0, 0, 1
         self._length = len(self.batches(0))
 
@@ -76,7 +94,7 @@ class _Schedule:
         size, n = self.batch_size, len(self.labels)
         if not self.train:
             return [[(0, row, 0) for row in range(i, min(i + size, n))] for i in range(0, n, size)]
-        return _plan(self.labels, size, self.seed, epoch, self.balanced)
+        return _plan(self.labels, size, self.seed, epoch, self.balanced, self.shards)
 
     def select(self, epoch: int, start: int, rank: int, world_size: int):
         "Select the next batches: an epoch, its first batch, and the share of one of several processes."
@@ -253,7 +271,8 @@ class ClipLoader:
         pairs = cfg.use_contrastive_loss and cfg.use_labels if pairs is None else pairs
         self.recordings = recordings = recordings.at_rate(cfg.sample_rate)
         balanced = pairs and bool((recordings.labels >= 0).any())
-        self.schedule = _Schedule(recordings.labels, cfg.batch_size, seed, train, balanced)
+        shards = shard_numbers(recordings.paths)
+        self.schedule = _Schedule(recordings.labels, cfg.batch_size, seed, train, balanced, shards)
         self.lost = _Lost(recordings, max(1, int(cfg.max_unreadable * n)) if train else n)
         cut = _LogMels(recordings, cfg) if train and cfg.cache_features else _Waves(recordings, cfg.clip_samples)
         self.echo, self._again = cfg.echo if train else 1, 0

@@ -670,6 +670,35 @@ class Data(Command):
     def after_stop(self) -> str:
         return "What has arrived is kept; the same command continues, if the server can."
 
+# %% ../nbs/60_cli.ipynb #a96de07b
+@dataclass
+class Shard(Command):
+    """Write a folder or table of sounds as tar files with a manifest: audiomaepp shard sounds shards. Again, continue.
+
+    The folder of the shards is then a set like any other: audiomaepp train shards.
+    """
+
+    data: tyro.conf.Positional[str] # folder or table of sounds, shards, or generated
+    out: tyro.conf.Positional[str] = "shards" # folder of the shards
+    clips: int = 1000 # recordings in a shard
+    sample_rate: int = 16000 # Hz of generated recordings
+    workers: int | None = None # shards that are written at a time; one for each core by default
+
+    def run(self) -> dict:
+        Source(self.data).check()
+        from audiomaepp.shards import shard
+
+        table = shard(self.data, self.out, self.clips, self.sample_rate, self.workers, self.quiet)
+        skipped = table.attrs["skipped"]
+        self.say(f"{len(table)} recordings in {self.out}, {len(skipped)} skipped")
+        if skipped:
+            self.say(*skipped_lines(skipped), f"All in {Path(self.out) / 'skipped.csv'}")
+        self.say(f"Next: audiomaepp train {shlex.quote(self.out)}")
+        return {"out": self.out, "recordings": len(table), "skipped": [list(pair) for pair in skipped]}
+
+    def after_stop(self) -> str:
+        return "The same command continues."
+
 # %% ../nbs/60_cli.ipynb #26dd5ddd
 _PACKAGES = (
     "audiomaepp", "torch", "torchaudio", "numpy", "soundfile", "accelerate", "umap-learn", "scikit-learn", "pandas",
@@ -857,7 +886,7 @@ def _parsed(
 _COMMANDS = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "map": Map, "embed": Embed, "search": Search,
     "finetune": Finetune, "predict": Predict, "distil": Distil, "lab": Lab, "data": Data,
-    "doctor": Doctor,
+    "shard": Shard, "doctor": Doctor,
 }
 _ABOUT = ("AudioMAE++: see what a loss does to an embedding space. --debug anywhere shows the traceback of an error, "
           "--version the version; audiomaepp COMMAND --help explains a command. A folder of sounds right after the "

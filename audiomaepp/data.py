@@ -549,8 +549,17 @@ def _table_of(path: Path, extensions: frozenset[str], labeled: bool = False):
     return table, skipped
 
 # %% ../nbs/12_data.ipynb #62d26a00
+def _with_names(recordings: Recordings, label_from: str | None, group_from: str | None) -> Recordings:
+    "Return the recordings with the labels and groups that are found in their names, if patterns are given."
+    r, table = recordings, recordings.table
+    for column, pattern in (("label", label_from), ("group", group_from)):
+        if pattern is not None:
+            table = table.assign(**{column: _from_names(list(table["path"]), pattern, f"{column}_from")})
+    return r if table is r.table else Recordings(table, r.sample_rate, skipped=r.skipped, source=r.source)
+
+
 def open_recordings(
-    source: str | os.PathLike | Recordings, # folder, table, "synthetic", "generated", or a name in `DATASETS`
+    source: str | os.PathLike | Recordings, # folder, table, shards, "synthetic", "generated", or a name in `DATASETS`
     sample_rate: int = 16000, # Hz of the recordings
     label_from: str | None = None, # regular expression that finds the label in a file name
     group_from: str | None = None, # regular expression that finds the group (speaker, site, …) in a file name
@@ -567,6 +576,10 @@ def open_recordings(
         from audiomaepp.synthetic import generated
 
         return generated(sample_rate=sample_rate)
+    from audiomaepp.shards import is_shards, open_shards
+
+    if is_shards(source):
+        return _with_names(open_shards(source, sample_rate), label_from, group_from)
     path = Path(_place(Path(), os.fspath(Path(source).expanduser())))
     if not path.exists() and source in DATASETS:
         path, known = get_dataset(source), DATASETS[source]
@@ -579,10 +592,8 @@ def open_recordings(
         reason = "; ".join(f"{p[:200]} {why}" for p, why in skipped[:3])
         raise NoRecordings(f"{path} must list files that exist, got {len(skipped)} that cannot be opened ({reason}); "
                            "correct the paths", Skipped(skipped))
-    for column, pattern in (("label", label_from), ("group", group_from)):
-        if pattern is not None:
-            table = table.assign(**{column: _from_names(list(table["path"]), pattern, f"{column}_from")})
-    return Recordings(table, sample_rate, skipped=skipped, source=printable(path.name))
+    recordings = Recordings(table, sample_rate, skipped=skipped, source=printable(path.name))
+    return _with_names(recordings, label_from, group_from)
 
 # %% ../nbs/12_data.ipynb #f2f8c034
 def _rows_with(recordings: Recordings, column: str, values) -> tuple[np.ndarray, str]:

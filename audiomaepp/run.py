@@ -35,6 +35,7 @@ from audiomaepp.files import (
     remove_claimed,
     write_atomic,
 )
+from .pieces import is_address, is_file
 from audiomaepp.source import (
     Parts,
     Source,
@@ -806,8 +807,8 @@ def in_training(
     sizes, digests = ({row[what] for row in train.values()} for what in ("size", "digest"))
 
     def seen(path: str, state: tuple[int, int] | None) -> bool | None:
-        there = os.path.isfile(path)
-        path = os.path.abspath(path) if there else path
+        there = is_file(path)
+        path = os.path.abspath(path) if there and not is_address(path) else path
         if (name := printable(os.path.relpath(path, base) if os.path.isabs(path) else path)) in train:
             return True
         if not there:  # it may have been a copy of a training clip
@@ -867,7 +868,7 @@ def open_table(
 
     frame, _, notes = _opened(path)
     vectors, paths = stacked(frame["embedding"], path), paths_of(frame)
-    audio = [place if os.path.isfile(place) else None for place in paths]
+    audio = [place if is_file(place) else None for place in paths]
     table = frame.drop(columns=[c for c in frame if c in _UNSEEN or frame[c].isna().all()])
     if notes.get("rows") == "windows" and {"start", "end"} <= {*frame}:
         audio = Windows(paths, *(frame[name].to_numpy(float) for name in ("start", "end")))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 from .config import Config
 from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
+from .pieces import file_state, is_address, is_file, open_file
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
@@ -55,7 +56,7 @@ def _need_one_way(source: "Source"):
 class Source:
     "Where the sounds of a run are, and which of them are held out."
 
-    data: str = "synthetic" # folder (of class folders, or flat), .csv, .parquet, "synthetic", "generated", "esc10", …
+    data: str = "synthetic" # folder (of class folders, or flat), .csv, .parquet, shards, "synthetic", "esc10", …
     fold: str | None = None # hold out this fold
     group: str | None = None # hold out this group (speaker, site, …)
     held_out_rows: str | tuple[int, ...] | None = None # hold out these rows: numbers, or a query: site == 'north'
@@ -85,7 +86,11 @@ class Source:
 
     def check(self):
         "Raise `FileNotFoundError` if the folder or table does not exist."
-        if self.data not in _BUILT_IN and not self.public:
+        if self.data.endswith(".tar"):
+            from audiomaepp.shards import tars_of
+
+            tars_of(self.data)
+        elif self.data not in _BUILT_IN and not self.public and not is_address(self.data):
             need_path(self.data, "data must be a folder or a table of recordings")
 
     @property
@@ -93,7 +98,7 @@ class Source:
         "Where the sounds are, independent of the working folder."
         if self.public:
             return str(data_home() / self.data)
-        return self.data if self.data in _BUILT_IN else os.path.abspath(self.data)
+        return self.data if self.data in _BUILT_IN or is_address(self.data) else os.path.abspath(self.data)
 
     def find(self, cfg: Config) -> "Recordings":
         "Return all recordings, readable or not, at the sample rate of `cfg`."
@@ -188,18 +193,18 @@ class _Row(NamedTuple):
     def state(self) -> tuple[str, str]:
         "Return the file's size (bytes) and modification time (ns); for samples in memory, their number and no time."
         path = self.recordings.paths[self.i]
-        if not os.path.isfile(path):
+        if not is_file(path):
             return str(len(self.recordings.waves[self.i])), ""
-        stat = os.stat(path)
-        return str(stat.st_size), str(stat.st_mtime_ns)
+        size, modified = file_state(path)
+        return str(size), str(modified)
 
     def digest(self) -> str:
         "Return a digest of the file; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
         path = self.recordings.paths[self.i]
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
+        if is_file(path):
+            with open_file(path) as file:
                 return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         eighths = np.array_split(np.asarray(self.recordings.waves[self.i], np.float64), 8)
         return " ".join(f"{np.sqrt(np.mean(part**2)) if len(part) else 0:.4g}" for part in eighths)

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from .files import damaged, make_folder, naming, parquet_schema, printable, replacing, sweep, write_atomic
+from .pieces import file_state
 from .tables import _with_paths, paths_of
 
 # %% ../nbs/store.ipynb #24872f00
@@ -75,10 +76,9 @@ def recording_state(
         digest = hashlib.blake2b(np.ascontiguousarray(wave.numpy()).tobytes(), digest_size=7).digest()
         return len(wave), int.from_bytes(digest, "big")
     try:
-        stat = os.stat(path)
+        return file_state(path)
     except OSError:
         return -1, -1
-    return stat.st_size, stat.st_mtime_ns
 
 # %% ../nbs/store.ipynb #57a00008
 ADDED = ("start", "end", "size", "modified", "embedding")  # columns that are added to those of the recordings

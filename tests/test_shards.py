@@ -1,0 +1,310 @@
+"""Sets of recordings as tar files: they are trained on, embedded and scored as a folder is, and nothing is lost."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from audiomaepp import pieces, shards
+from audiomaepp.audio import AudioError, load_audio, probe
+from audiomaepp.batches import _plan, _shuffled
+from audiomaepp.cli import main
+from audiomaepp.config import Config
+from audiomaepp.data import NoRecordings, open_recordings
+from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.pieces import Piece, piece_of
+from audiomaepp.run import Run
+from audiomaepp.shards import open_shards, shard
+from audiomaepp.synthetic import synthesize
+
+TINY = dict(embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2,
+            img_size=(96, 80), patch_size=(16, 16), epochs=2, warmup_epochs=0.5)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twenty-four clips of four classes as files of three formats, one in a name with a dot and a space."""
+    at, made = tmp_path_factory.mktemp("shards") / "sounds", synthesize(n=6, classes=4, seconds=1.0)
+    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
+        (at / label).mkdir(parents=True, exist_ok=True)
+        ending = ("wav", "flac", "ogg")[i % 3]
+        soundfile.write(at / label / f"clip {i}.v2.{ending}", np.asarray(wave), made.sample_rate)
+    return at
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """The same clips as three shards."""
+    shard(folder, folder.parent / "shards", clips=10, quiet=True)
+    return folder.parent / "shards"
+
+
+# ---- the same as a folder
+
+
+def test_each_recording_is_there_byte_for_byte(folder, made):
+    files, inside = open_recordings(folder), open_recordings(made)
+    assert len(inside) == 24 and sorted(p.name for p in made.glob("*.tar")) == [f"{k:06d}.tar" for k in range(3)]
+    for path, piece in zip(files.paths, inside.paths, strict=True):
+        with pieces.open_file(piece) as file:
+            assert file.read() == Path(path).read_bytes()
+        assert os.path.basename(piece) == os.path.basename(path)
+        assert probe(piece) == probe(path)
+    assert inside.table["label"].tolist() == files.table["label"].tolist()
+    assert torch.equal(inside.crop(3, 4000, 0.5), files.crop(3, 4000, 0.5))
+
+
+def test_a_training_on_shards_is_the_same_bit_for_bit(folder, made, tmp_path):
+    runs = [Run.train(data, out=tmp_path / name, quiet=True, **TINY) for name, data in (("a", folder), ("b", made))]
+    first, second = (AudioMAEPlusPlus.from_pretrained(run.path).state_dict() for run in runs)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert str(runs[0].evaluate(quiet=True)) == str(runs[1].evaluate(quiet=True))
+    assert runs[1].resume(epochs=3, quiet=True).epochs == 3  # the clips are found again, and are the same
+
+
+def test_embeddings_of_shards_are_those_of_the_folder(folder, made, tmp_path):
+    torch.manual_seed(0)
+    embed = EmbeddingGenerator(AudioMAEPlusPlus(Config.preset("nano", **TINY)))
+    x, z = (embed.embed_folder(data, tmp_path / f"{i}.parquet", quiet=True) for i, data in enumerate((folder, made)))
+    np.testing.assert_array_equal(np.stack(x["embedding"]), np.stack(z["embedding"]))
+    assert embed.embed_folder(made, tmp_path / "1.parquet", quiet=True).attrs["new"] == 0
+    part = embed.embed_folder(f"{made}/{{000001..000002}}.tar", tmp_path / "2.parquet", quiet=True)
+    np.testing.assert_array_equal(np.stack(part["embedding"]), np.stack(z["embedding"])[10:])
+
+
+def test_columns_survive_so_that_a_fold_can_be_held_out(folder, tmp_path):
+    files = open_recordings(folder).table.assign(fold=[1 + i % 3 for i in range(24)], site="north")
+    files.loc[4, "site"] = None
+    files.to_csv(tmp_path / "list.csv", index=False)
+    main(["shard", str(tmp_path / "list.csv"), str(tmp_path / "out"), "--clips", "7", "--quiet"])
+    table = open_shards(tmp_path / "out").table
+    assert table["fold"].tolist() == files["fold"].tolist()
+    assert table["site"].isna().tolist() == [i == 4 for i in range(24)]
+    run = Run.train(f"{tmp_path}/out/{{000000..000003}}.tar", fold=2, out=tmp_path / "run", quiet=True, **TINY)
+    assert "fold 2" in str(run.evaluate(quiet=True))
+
+
+def test_commands_take_shards(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [(f"--{name.replace('_', '-')}", *map(str, np.ravel(value))) for name, value in TINY.items()]
+    main(["train", f"{made}/*.tar", "--out", "run", "--quiet", *sum(flags, ())])
+    main(["evaluate", "run", "--json"])
+    assert "untrained network" in capsys.readouterr().out
+    main(["map", "run", "--quiet"])
+    assert ".v2." in Path("run/pictures/map.html").read_text("utf-8")
+    with pytest.raises(SystemExit, match="000003.tar does not exist"):
+        main(["train", f"{made}/{{000000..000009}}.tar", "--out", "other"])
+    assert not Path("other").exists()
+
+
+# ---- writing
+
+
+def test_a_bad_file_is_left_out_and_listed_and_nothing_else_is_lost(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.wav"))[:5]):
+        (tmp_path / "in" / f"{i}.wav").write_bytes(path.read_bytes())
+    (tmp_path / "in" / "2.wav").write_bytes(b"no sound")
+    table = shard(tmp_path / "in", tmp_path / "out", clips=2, quiet=True)
+    assert [os.path.basename(path) for path in table["path"]] == ["0.wav", "1.wav", "3.wav", "4.wav"]
+    ((path, reason),) = table.attrs["skipped"]
+    assert path.endswith("2.wav") and "not audio" in reason
+    assert "2.wav" in (tmp_path / "out" / "skipped.csv").read_text()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.wav").write_bytes(b"no sound")
+    with pytest.raises(NoRecordings, match="no recording that can be opened"):
+        shard(tmp_path / "bad", tmp_path / "none", quiet=True)
+
+
+def test_a_killed_command_goes_on_and_the_shards_are_the_same(folder, made, tmp_path):
+    code = f"""
+import os, sys, time
+from audiomaepp import shards
+write = shards._write_shard
+def slow(out, number, *rest):
+    part = write(out, number, *rest)
+    print(number, flush=True)
+    time.sleep(60)
+shards._write_shard = slow
+shards.shard({str(folder)!r}, {str(tmp_path / "out")!r}, clips=10, workers=1, quiet=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"0\n"
+    process.kill()
+    process.wait()
+    written = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns
+    shard(folder, tmp_path / "out", clips=10, quiet=True)
+    assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == written
+    for path in made.glob("*.tar"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((tmp_path / "out" / "shards.json").read_text()) == json.loads((made / "shards.json").read_text())
+
+
+def test_a_changed_recording_is_written_again_and_a_shorter_set_leaves_no_old_shard(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.wav"))[:6]):
+        (tmp_path / "in" / f"{i}.wav").write_bytes(path.read_bytes())
+    shard(tmp_path / "in", tmp_path / "out", clips=2, quiet=True)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    soundfile.write(tmp_path / "in" / "3.wav", np.zeros(500) + 0.1, 16000)
+    table = shard(tmp_path / "in", tmp_path / "out", clips=2, quiet=True)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["000001.tar"]
+    assert len(load_audio(str(tmp_path / "out" / table["path"][3]))) == 500
+    for i in (4, 5):
+        (tmp_path / "in" / f"{i}.wav").unlink()
+    assert len(shard(tmp_path / "in", tmp_path / "out", clips=2, quiet=True)) == 4
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["000000.tar", "000001.tar"]
+
+
+def test_files_of_others_are_not_overwritten(folder, tmp_path):
+    (tmp_path / "mine.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds mine.tar, which audiomaepp shard did not make"):
+        shard(folder, tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["mine.tar"]
+
+
+def test_generated_sounds_become_shards(tmp_path):
+    from audiomaepp.synthetic import generated
+
+    table = shard(generated(5, 3, 1.0), tmp_path, clips=3, quiet=True)
+    found = open_shards(tmp_path)
+    assert len(table) == 5 and not found.has_takes
+    assert (found.wav(4) - generated(5, 3, 1.0).wav(4)).abs().max() < 2**-14
+    shard(generated(5, 4, 1.0), tmp_path, clips=3, quiet=True)  # other programs of the same names
+    assert (open_shards(tmp_path).wav(4) - generated(5, 4, 1.0).wav(4)).abs().max() < 2**-14
+
+
+# ---- shards of others, damaged ones, and ones that are far away
+
+
+def test_webdataset_shards_without_a_manifest(folder, tmp_path):
+    sounds = sorted(folder.rglob("*.flac"))[:4]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, path in enumerate(sounds):
+            tar.add(path, f"{i:04d}.flac")
+            ending, text = (".cls", "73"[i]) if i < 2 else (".json", '{"label": "dog", "fold": 2}')
+            info = tarfile.TarInfo(f"{i:04d}{ending}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    found = open_shards(tmp_path / "a.tar")
+    assert found.table["label"].tolist() == ["7", "3", "dog", "dog"] and found.table["fold"].tolist()[2:] == [2, 2]
+    assert torch.equal(found.wav(1), load_audio(sounds[1]))
+
+
+def test_a_cut_shard_names_the_recordings_that_are_lost(made, tmp_path):
+    for path in made.glob("*"):
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = (tmp_path / "000001.tar").read_bytes()
+    (tmp_path / "000001.tar").write_bytes(data[: len(data) // 2])
+    found = open_shards(tmp_path)
+    problems = {}
+    for i in range(len(found)):
+        try:
+            found.wav(i)
+        except AudioError as error:
+            problems[i] = error.reason
+    assert problems and set(problems) <= set(range(10, 20)) and 19 in problems and 10 not in problems
+    assert all("cut off" in reason for reason in problems.values())
+    (tmp_path / "000001.tar").unlink()
+    with pytest.raises(AudioError, match="does not exist"):
+        found.wav(10)
+    assert len(found.wav(9)) and len(found.wav(20))
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tar file" * 100, b"\0" * 20480])
+def test_what_is_no_tar_file_is_named(damage, tmp_path):
+    (tmp_path / "x.tar").write_bytes(damage)
+    with pytest.raises(ValueError, match="x.tar"):
+        open_shards(tmp_path / "x.tar")
+
+
+def test_a_damaged_manifest_is_named(made, tmp_path):
+    (tmp_path / "manifest.parquet").write_bytes((made / "manifest.parquet").read_bytes()[:-7])
+    with pytest.raises(ValueError, match="manifest.parquet"):
+        open_shards(tmp_path)
+
+
+def test_shards_at_an_address(made, folder, tmp_path):
+    there = open_recordings(f"file://{made}")
+    assert len(there) == 24 and torch.equal(there.wav(7), open_recordings(folder).wav(7))
+    assert len(open_recordings(f"file://{made}/{{000000..000001}}.tar")) == 20
+    run = Run.train(f"file://{made}", out=tmp_path / "run", quiet=True, **TINY)
+    assert run.resume(epochs=3, quiet=True).epochs == 3
+    with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+        open_recordings(f"file://{tmp_path}/nowhere")
+
+
+# ---- many of them
+
+
+def test_nothing_is_read_when_shards_are_opened(tmp_path, monkeypatch):
+    n = 20_000
+    paths = [str(Piece(f"{i // 1000:06d}.tar", 512, 1000, f"{i}.wav")) for i in range(n)]
+    pd.DataFrame(dict(path=paths, label="a", seconds=1.0)).to_parquet(tmp_path / "manifest.parquet")
+    opened = []
+    monkeypatch.setattr(pieces, "_open_whole", lambda path: opened.append(path) or open(path, "rb"))
+    found = open_recordings(tmp_path)
+    assert len(found) == n and found.seconds(n - 1) == 1.0
+    assert [os.path.basename(path) for path in opened] in ([], ["manifest.parquet"])
+
+
+def test_an_epoch_has_each_clip_once_and_reads_few_shards_at_a_time():
+    numbers = np.arange(50_000) // 1000
+    order = _shuffled(50_000, np.random.default_rng(0), numbers)
+    assert np.array_equal(np.sort(order), np.arange(50_000))
+    assert max(len(set(numbers[order[i : i + 1000]])) for i in range(0, 50_000, 1000)) <= 11
+    keys = [_plan(np.full(50_000, -1), 64, 0, epoch, False, numbers) for epoch in (0, 0, 1)]
+    assert keys[0] == keys[1] != keys[2]
+    few = _shuffled(5000, np.random.default_rng(0), numbers[:5000])
+    assert np.array_equal(few, np.random.default_rng(0).permutation(5000))
+
+
+def test_a_signal_ends_the_writing_and_the_same_command_continues(folder, tmp_path):
+    code = """
+import sys
+from audiomaepp import shards
+from audiomaepp.cli import main
+write = shards._write_shard
+def told(*args):
+    part = write(*args)
+    print("one", flush=True)
+    import time
+    time.sleep(0.5)
+    return part
+shards._write_shard = told
+main(["shard", sys.argv[1], sys.argv[2], "--clips", "2", "--workers", "1"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, folder, tmp_path / "out"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout.readline() == "one\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "The same command continues" in process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM and not (tmp_path / "out" / "manifest.parquet").exists()
+    assert len(shard(folder, tmp_path / "out", clips=2, quiet=True)) == 24
+
+
+def test_a_name_inside_a_shard_leads_nowhere_else(tmp_path, folder):
+    """A hostile tar file names its members ../../x: they are read from the tar file and shown."""
+    sound = next(folder.rglob("*.wav"))
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(sound, "../../etc/passwd.wav")
+        tar.add(sound, "/etc/<b>.wav")
+    found = open_shards(tmp_path / "x.tar")
+    assert [piece_of(path).tar for path in found.paths] == [str(tmp_path / "x.tar")] * 2
+    assert torch.equal(found.wav(0), load_audio(sound)) and "<b>" not in found[1]._repr_html_()
+    assert shards.expand("a{b}c.tar") == ["abc.tar"]
