@@ -512,7 +512,7 @@ def explore_settings(
     clips = comparison.held_out.iloc[shown.rows]
     if len(clips) < len(comparison.held_out) and "row" not in clips:
         clips = clips.assign(row=shown.rows)  # where each clip of the sample stands in the table
-    clips = clips.drop(columns=[c for c in clips if c == "path_bytes" or clips[c].isna().all()])
+    clips = clips.drop(columns=[c for c in clips if c in ("path_bytes", "digest") or clips[c].isna().all()])
     numbers = dict(shown.numbers)
     if comparison.chance is not None:
         numbers[CHANCE] = {MEASURES[name]: comparison.chance for name in ACCURACIES}

@@ -403,7 +403,7 @@ def clip_table(
     clips: "Recordings",
 ) -> "pd.DataFrame": # a row for each clip, with a column name
     "Return the columns of recordings that a page can show."
-    table = clips.table.drop(columns=[c for c in clips.table if c == "path_bytes" or clips.table[c].isna().all()])
+    table = clips.table.drop(columns=[c for c in clips.table if c in _UNSEEN[:2] or clips.table[c].isna().all()])
     names = [path.removeprefix("synthetic/") if wave is not None and not os.path.exists(path) else Path(path).name
              for path, wave in zip(clips.paths, clips.waves, strict=True)]
     return table if "name" in table else table.assign(name=names)
@@ -815,7 +815,7 @@ def in_training(
             return test[name]["digest"] in digests if name in test else None
         if state not in (None, recording_state(path, None)):
             return None
-        row = _Row("", "", SimpleNamespace(paths=[path]), 0)
+        row = _Row("", "", SimpleNamespace(paths=[path], table=()), 0)
         return row.state()[0] in sizes and row.digest() in digests
 
     known = {path: seen(path, state) for path, state in dict(zip_longest(paths, states)).items()}
@@ -845,7 +845,7 @@ class Windows(Sequence):
             return None
 
 # %% ../nbs/40_run.ipynb #40a00016
-_UNSEEN = ("path_bytes", "embedding", "start", "end", "size", "modified")  # columns that say nothing on a page
+_UNSEEN = ("path_bytes", "digest", "embedding", "start", "end", "size", "modified")  # they say nothing on a page
 
 
 class TableMap(NamedTuple):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from audiomaepp.data import Recordings
 
 # %% ../nbs/15_shards.ipynb #5a4d0006
-_BESIDE = ("path", "path_bytes", "seconds") # columns that are not repeated in the JSON file of a recording
+_BESIDE = ("path", "path_bytes", "seconds", "digest") # columns that are not repeated in the JSON file of a recording
 
 
 def _facts(
@@ -51,6 +51,11 @@ def _facts(
     row = {key: value for key, value in recordings.table.iloc[i].items() if key not in _BESIDE and _text(value)}
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
     return {"path": name} | {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in plain.items()}
+
+
+def _digest_of(file) -> str:
+    "Return a digest of an open binary file; `recordings.csv` of a run has the same ones."
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _add(tar: tarfile.TarFile, name: str, file, size: int):
@@ -81,23 +86,20 @@ def _add_recording(
         info, ending = probe(path), os.path.splitext(path)[1].lower()
         inside = f"{i:09d}{ending}"
         with open_file(path) as file:
+            digest = _digest_of(file)
+            file.seek(0)
             _add(tar, inside, file, file_state(path)[0])
     else:
         data = _encoded(recordings, i)
         info, inside = probe(data), f"{i:09d}.flac"
         facts["path"] = name if name.endswith(".flac") else f"{name}.flac"
+        digest = _digest_of(io.BytesIO(data))
         _add(tar, inside, io.BytesIO(data), len(data))
     text = json.dumps(facts).encode()
     _add(tar, f"{i:09d}.json", io.BytesIO(text), len(text))
-    return inside, facts | {"seconds": info.seconds}
+    return inside, facts | {"seconds": info.seconds, "digest": digest}
 
 # %% ../nbs/15_shards.ipynb #5a4d0009
-def _digest_of(path: str | os.PathLike) -> str:
-    "Return a digest of a file."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def _plan_of(recordings: "Recordings", rows: range, names: list[str]) -> str:
     "Return a digest of what a shard is made of: names, sizes and times of the recordings, and their columns."
     plan = hashlib.blake2b(digest_size=16)
@@ -136,7 +138,8 @@ def _write_shard(
                     skipped.append([printable(recordings.paths[i]), reason])
         with tarfile.open(temporary) as tar:
             rows_of = [facts[m.name] | {"first": m.offset_data, "size": m.size} for m in tar if m.name in facts]
-        digest, size = _digest_of(temporary), temporary.stat().st_size
+        with open(temporary, "rb") as file:
+            digest, size = _digest_of(file), temporary.stat().st_size
     part = dict(plan=plan, bytes=size, digest=digest, rows=rows_of, skipped=skipped)
     write_atomic(note, json.dumps(part).encode())
     return part

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 from .config import Config
 from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
-from .pieces import file_state, is_address, is_file, open_file
+from .pieces import file_state, is_address, is_file, open_file, piece_of, shard_numbers
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
@@ -127,6 +127,22 @@ class Parts(NamedTuple):
     protocol: str # sentence that says how they were split
 
 
+def _checked_before(
+    recordings: "Recordings",
+) -> bool:
+    """Return whether recordings are from a manifest of shards and too many to be kept in memory.
+
+    Their headers were read when the shards were written, so a training on them starts at once; a clip that cannot be
+    decoded is replaced and listed when it is needed.
+    """
+    import audiomaepp.data
+
+    if shard_numbers(recordings.paths) is None or "seconds" not in recordings.table:
+        return False
+    samples = recordings.table["seconds"].sum(skipna=False) * recordings.sample_rate  # NaN if one is not known
+    return bool(4 * samples > audiomaepp.data.KEEP)
+
+
 def open_source(
     source: Source,
     cfg: Config, # sample rate, and seed of a random split
@@ -144,7 +160,7 @@ def open_source(
         rows, numbers = source.held_out_rows, isinstance(source.held_out_rows, tuple)
         if numbers:
             recordings.table["_held_out"] = [i in set(rows) for i in range(len(recordings))]
-        if source.data != "synthetic":
+        if source.data != "synthetic" and not _checked_before(recordings):
             recordings = drop_unreadable(recordings, quiet=quiet)
         if numbers:
             rows = recordings.table.pop("_held_out").to_numpy(dtype=bool)
@@ -202,7 +218,9 @@ class _Row(NamedTuple):
         "Return a digest of the file; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
-        path = self.recordings.paths[self.i]
+        path, table = self.recordings.paths[self.i], self.recordings.table
+        if piece_of(path) and "digest" in table and isinstance(table["digest"].iat[self.i], str):
+            return table["digest"].iat[self.i]  # of a manifest of shards: the same digest, made when they were written
         if is_file(path):
             with open_file(path) as file:
                 return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from audiomaepp import pieces, shards
+from audiomaepp import data, pieces, shards, source
 from audiomaepp.audio import AudioError, load_audio, probe
 from audiomaepp.batches import _plan, _shuffled
 from audiomaepp.cli import main
@@ -70,6 +70,8 @@ def test_a_training_on_shards_is_the_same_bit_for_bit(folder, made, tmp_path):
     runs = [Run.train(data, out=tmp_path / name, quiet=True, **TINY) for name, data in (("a", folder), ("b", made))]
     first, second = (AudioMAEPlusPlus.from_pretrained(run.path).state_dict() for run in runs)
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    digests = [pd.read_csv(run.path / "recordings.csv")["digest"].tolist() for run in runs]
+    assert digests[0] == digests[1]  # a copy of a training clip is known, whatever it is in
     assert str(runs[0].evaluate(quiet=True)) == str(runs[1].evaluate(quiet=True))
     assert runs[1].resume(epochs=3, quiet=True).epochs == 3  # the clips are found again, and are the same
 
@@ -260,6 +262,24 @@ def test_nothing_is_read_when_shards_are_opened(tmp_path, monkeypatch):
     found = open_recordings(tmp_path)
     assert len(found) == n and found.seconds(n - 1) == 1.0
     assert [os.path.basename(path) for path in opened] in ([], ["manifest.parquet"])
+
+
+def test_a_large_set_is_not_decoded_before_the_training(folder, tmp_path, monkeypatch):
+    """The first step starts at once; a recording that cannot be decoded is replaced and listed when it is needed."""
+    table = shard(folder, tmp_path / "out", clips=10, quiet=True)
+    row = 13
+    piece = piece_of(str(tmp_path / "out" / table["path"][row]))
+    with open(piece.tar, "r+b") as file:
+        file.seek(piece.first)
+        file.write(b"x" * piece.size)
+    monkeypatch.setattr(data, "KEEP", 1000)
+    asked, hashed = [], []
+    monkeypatch.setattr(source.hashlib, "file_digest", lambda *args: hashed.append(args))
+    monkeypatch.setattr(data, "drop_unreadable", lambda *args, **how: asked.append(args))
+    how = TINY | dict(max_unreadable=0.1)
+    run = Run.train(tmp_path / "out", held_out=[0, 6, 20], out=tmp_path / "run", quiet=True, **how)
+    assert not asked and not hashed and run.epochs == 2
+    assert os.path.basename(table["path"][row]) in (run.path / "skipped.csv").read_text()
 
 
 def test_an_epoch_has_each_clip_once_and_reads_few_shards_at_a_time():
