@@ -57,6 +57,16 @@ class Command:
         if not self.quiet:
             print(*lines, sep="\n")
 
+    def embed_sounds(
+        self,
+        place: str, # folder or table of sounds
+    ) -> str: # Parquet file
+        "Embed recordings with the model that the package brings, or continue their file."
+        from audiomaepp.run import embed_with_starter
+
+        self.say("Embedding the sounds with the model that the package brings …")
+        return str(embed_with_starter(place, self.quiet, self.device))
+
     def run(self) -> dict: # facts for --json
         "Do the work."
         raise NotImplementedError
@@ -66,6 +76,16 @@ class Command:
         return ""
 
 # %% ../nbs/60_cli.ipynb #e9719f4e
+def is_sounds(
+    place: str, # what a person has named
+) -> bool:
+    "Return whether a place holds sounds: a folder without a model, a CSV table, or shards."
+    path = Path(place)
+    if path.suffix.lower() == ".tar":
+        return True
+    return path.suffix.lower() == ".csv" and path.is_file() or path.is_dir() and not (path / "config.json").is_file()
+
+
 def use_device(name: str):
     "Make a device the default for all models; raise `ValueError` if torch cannot use it here."
     import torch
@@ -181,18 +201,21 @@ class Evaluate(Command):
 # %% ../nbs/60_cli.ipynb #a98c827b
 @dataclass
 class Map(Command):
-    """Draw the clips of a run, or of a table of embeddings, as a map that can be heard: audiomaepp map runs/a.
+    """Draw the clips of a run, of a table of embeddings, or of a folder of sounds, as a map that can be heard.
 
+    A folder of sounds is embedded with the model that the package brings: audiomaepp map sounds.
     A run gets map.html, map.png, reconstructions and losses; embeddings.parquet gets embeddings_map.html beside it.
     """
 
-    place: tyro.conf.Positional[str] # folder of a run, or Parquet file that embed wrote
+    place: tyro.conf.Positional[str] # folder of a run, Parquet file that embed wrote, or folder or table of sounds
     color: str = "label" # column that colors the points: label, fold, speaker, pitch, …
     everything: Annotated[bool, tyro.conf.arg(name="all")] = False # draw the training clips of the run too, hollow
     atlas: bool = False # write map_atlas.parquet too, for embedding-atlas; needed above 50,000 clips
     out: str | None = None # HTML file for the map of a table
 
     def run(self) -> dict:
+        if is_sounds(self.place):
+            self.place = self.embed_sounds(self.place)
         if Path(self.place).is_file():
             return self.draw_table()
         from audiomaepp.run import Run
@@ -235,7 +258,10 @@ def how_to_look(
 # %% ../nbs/60_cli.ipynb #60a00001
 @dataclass
 class Demo(Command):
-    "Train on the built-in sounds (or --data), score held-out clips, draw the map."
+    """Train on the built-in sounds (or --data), score held-out clips, draw the map.
+
+    With --data, a first map shows all your sounds, before the training, in the model that the package brings.
+    """
 
     data: str = "synthetic" # folder or table of your own sounds
     out: str = "runs/demo" # folder of the run; an earlier demo there is replaced
@@ -246,6 +272,9 @@ class Demo(Command):
         Source(self.data).check()
         from audiomaepp.run import demo_run
 
+        if is_sounds(self.data):
+            Map(self.data, quiet=self.quiet, device=self.device).run()
+            self.say("\nNow a training on these sounds …")
         run = demo_run(self.data, self.out, self.quick, self.quiet)
         report, paths = run.evaluate(quiet=self.quiet), run.draw(quiet=self.quiet)
         print(f"\n{report}\n")
@@ -259,13 +288,14 @@ class Demo(Command):
 # %% ../nbs/60_cli.ipynb #2905aebf
 @dataclass
 class Embed(Command):
-    """Embed a folder or table of sounds into a Parquet file: audiomaepp embed runs/a sounds. Called again, continue it.
+    """Embed a folder or table of sounds into a Parquet file: audiomaepp embed sounds. Called again, continue it.
 
-    Recordings that cannot be decoded are skipped and listed. If none can be decoded, the exit code is 1.
+    The model is the one that the package brings, or that of a run: audiomaepp embed runs/a sounds. Recordings that
+    cannot be decoded are skipped and listed. If none can be decoded, the exit code is 1.
     """
 
-    model: tyro.conf.Positional[str] # folder of a run or of save_pretrained, or a repository of the Hub
-    data: str # folder or table of sounds
+    model: tyro.conf.Positional[str] = "starter" # folder of a run or of save_pretrained, or a repository of the Hub
+    data: str = field(kw_only=True) # folder or table of sounds
     out: str = "embeddings.parquet" # Parquet file: path, label, …, embedding
     pooling_mode: str | None = None # cls, mean, cls+mean, frame or frame+std; the model's own by default
     windows: bool = False # a row for each window of a recording, not one for the whole
@@ -320,7 +350,7 @@ def _is_sound(path: str) -> bool:
 class Search(Command):
     "Find the sounds that are nearest to a clip, or to the mean of several clips: audiomaepp search runs/a dog.wav."
 
-    place: tyro.conf.Positional[str] # folder of a run, to search its own sounds; or a Parquet file of embed; or a clip
+    place: tyro.conf.Positional[str] # folder of a run or of sounds, to search its sounds; Parquet file of embed; a clip
     clips: tyro.conf.Positional[tuple[str, ...]] # sound files, searched or not
     table: Annotated[str | None, tyro.conf.arg(name="in")] = None # Parquet file, if not named before the clips
     model: str | None = None # model that wrote the file, for clips that are not in it; as noted there by default
@@ -347,6 +377,8 @@ class Search(Command):
 
     def find(self, where: str, clips: list[str]) -> "Hits":
         "Return the nearest sounds in a Parquet file, or among those of a run."
+        if is_sounds(where):
+            where = self.embed_sounds(where)
         if Path(where).is_file():
             from audiomaepp.search import SoundIndex
 
@@ -799,6 +831,8 @@ def with_data(
 ) -> list[str]:
     "Return the arguments with --data before a folder that has no flag."
     at = _BEFORE_DATA.get(words[0] if words else "", len(words))
+    if words[:1] == ["embed"] and len(words) > 1 and is_sounds(words[1]):  # the model is left out
+        at = 1
     named = any(word.split("=")[0] == "--data" for word in words)
     if named or at >= len(words) or any(word.startswith("-") for word in words[: at + 1]):
         return words

@@ -477,11 +477,11 @@ def embed_each(
 
 # %% ../nbs/20_embed.ipynb #70db8006
 class EmbeddingGenerator:
-    "Embeddings of recordings of any length, made by one model."
+    "Embeddings of recordings of any length, made by one model: by default the one that the package brings."
 
     def __init__(
         self,
-        model_or_path: AudioMAEPlusPlus | str | os.PathLike, # a model, a folder with one, or a repository of the Hub
+        model_or_path: AudioMAEPlusPlus | str | os.PathLike = "starter", # a model, a folder with one, or a repository
         device: str | torch.device | None = None, # default: a GPU if there is one
         batch_size: int = 32, # windows per batch
         hop_seconds: float | None = None, # seconds from one window to the next; default: a whole window, so no overlap

@@ -38,7 +38,7 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        model=None, # a model, a folder with one, or a repository of the Hub
+        model="starter", # a model, a folder with one, or a repository of the Hub; "starter": the package's own
         pooling_mode=None, # one of `POOLING_MODES`; None: the config's
         sample_rate=None, # sample rate of samples in X, in Hz; None: the model's own
         device=None, # device of the model; None: a GPU if there is one
@@ -53,9 +53,6 @@ class AudioMAEEmbedder(TransformerMixin, BaseEstimator):
         y=None, # ignored
     ):
         "Load the model and check the form of the recordings; nothing is learned."
-        if self.model is None:
-            raise ValueError("model must be a model, its folder or a repository of the Hub, got None; use "
-                             "AudioMAEEmbedder(\"runs/a\")")
         as_recordings(self, X, reset=True)
         self.n_features_out_ = len(self._generator().extract_embedding(torch.zeros(1), pooling_mode=self.pooling_mode))
         return self

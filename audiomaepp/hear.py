@@ -7,14 +7,12 @@ __all__ = ['HearModel', 'load_model', 'get_timestamp_embeddings', 'get_scene_emb
 
 # %% ../nbs/53_hear.ipynb #31aa0004
 import os
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .audio import resample
-from .config import Config
 from .embed import EmbeddingGenerator, embed_frames, frame_times
 from .features import build_frontend
 from .model import AudioMAEPlusPlus
@@ -63,18 +61,13 @@ class HearModel(nn.Module):
 
 # %% ../nbs/53_hear.ipynb #31aa0009
 def load_model(
-    model_file_path: str | os.PathLike = "", # a run's folder, a released checkpoint, or a repository of the Hub
+    model_file_path: str | os.PathLike = "", # a run's folder, a checkpoint or a repository; "": the package's own model
 ) -> HearModel:
     "Return the model for HEAR's other two functions; raise the errors of `from_pretrained` and `load_official`."
-    if not str(model_file_path):
-        warnings.warn("model_file_path must name a model, got an empty one, so the weights are random; "
-                      "use a run's folder, a released checkpoint or a repository of the Hub", stacklevel=2)
-        torch.manual_seed(0)
-        model = AudioMAEPlusPlus(Config.preset("official_tiny"))
-    elif Path(model_file_path).is_file():
+    if Path(model_file_path).is_file():
         model = load_official(model_file_path)
     else:
-        model = AudioMAEPlusPlus.from_pretrained(model_file_path)
+        model = AudioMAEPlusPlus.from_pretrained(model_file_path or "starter")
     if model.cfg.sample_rate not in _RATES:
         rates = ", ".join(map(str, _RATES))
         raise ValueError(f"sample_rate of the model must be one of HEAR's {rates} Hz, got {model.cfg.sample_rate}; "

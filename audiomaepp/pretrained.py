@@ -6,6 +6,7 @@
 __all__ = ['read_weights', 'load_official']
 
 # %% ../nbs/50_pretrained.ipynb #30aa0004
+import importlib.resources
 import inspect
 import os
 import re
@@ -29,12 +30,17 @@ from .tables import render
 from .weights import check_finite, check_shapes, read_tensors, sizes, weight_shapes
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0012
+STARTERS = ("starter",) # models that the package brings
+
+
 def _find(
-    source: str | os.PathLike, # folder, or name of a Hub repository
+    source: str | os.PathLike, # folder, name of a Hub repository, or one of `STARTERS`
     name: str, # file in it
     options: dict, # arguments of `hf_hub_download`
 ) -> Path:
-    "Return the path of a model's file, downloaded if `source` is a repository."
+    "Return the path of a model's file, downloaded if `source` is a repository; a starter goes before a folder."
+    if str(source) in STARTERS:
+        return Path(str(importlib.resources.files("audiomaepp") / "starters" / str(source) / name))
     path, use = Path(source) / name, "use a folder that save_pretrained or a run wrote"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).parent.is_dir():
         try:
@@ -62,7 +68,7 @@ def whitening_shapes(
 # %% ../nbs/50_pretrained.ipynb #5b0c0002
 def from_pretrained(
     kind: type[AudioMAEPlusPlus], # class of the model
-    source: str | os.PathLike, # folder of a model or a run, or name of a Hub repository ("owner/name")
+    source: str | os.PathLike, # folder of a model or a run, Hub repository ("owner/name"), or "starter"
     device: str | torch.device = "cpu", # device of the model
     **options, # arguments of `hf_hub_download`: revision, token, cache_dir, local_files_only, force_download
 ) -> AudioMAEPlusPlus: # model in evaluation mode

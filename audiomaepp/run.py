@@ -403,7 +403,8 @@ def clip_table(
     clips: "Recordings",
 ) -> "pd.DataFrame": # a row for each clip, with a column name
     "Return the columns of recordings that a page can show."
-    table = clips.table.drop(columns=[c for c in clips.table if c in _UNSEEN[:2] or clips.table[c].isna().all()])
+    own = ("path_bytes", "digest")  # they say nothing on a page
+    table = clips.table.drop(columns=[c for c in clips.table if c in own or clips.table[c].isna().all()])
     names = [path.removeprefix("synthetic/") if wave is not None and not os.path.exists(path) else Path(path).name
              for path, wave in zip(clips.paths, clips.waves, strict=True)]
     return table if "name" in table else table.assign(name=names)
@@ -739,6 +740,20 @@ def embeddings_path(
     sounds, made = (hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6] for text in (name, how))
     return run / "embeddings" / f"{printable(Path(name).stem)}-{sounds}-{made}.parquet"
 
+# %% ../nbs/40_run.ipynb #86e62a43
+def embed_with_starter(
+    data: str | os.PathLike, # folder or table of sounds
+    quiet: bool = False, # whether progress is hidden
+    device: str | None = None, # device of the model; a GPU if there is one
+) -> Path: # Parquet file in runs/starter
+    "Embed recordings with the model that the package brings, or continue their file."
+    from audiomaepp.embed import EmbeddingGenerator, fingerprint
+
+    generator = EmbeddingGenerator(device=device)
+    out = embeddings_path(Path("runs/starter"), os.path.abspath(data), fingerprint(generator.model))
+    generator.embed_folder(data, out, quiet=quiet)
+    return out
+
 # %% ../nbs/40_run.ipynb #9a41c7e0
 def search_with_run(
     run: RunFolder, # run whose model compares the sounds
@@ -862,6 +877,7 @@ def open_table(
 ) -> TableMap:
     "Return what the map of a table needs; raise `ValueError` if it holds no embeddings."
     from audiomaepp.plots import UNKNOWN
+    from audiomaepp.pretrained import STARTERS
     from audiomaepp.search import _opened
     from audiomaepp.store import stacked
     from audiomaepp.tables import paths_of
@@ -878,6 +894,8 @@ def open_table(
         table = table.assign(name=[Path(place).name if sound else place.removeprefix("synthetic/")
                                    for place, sound in zip(paths, audio, strict=True)])
     states = zip(*(frame[name].tolist() for name in ("size", "modified") if name in frame), strict=True)
+    if notes.get("place") in STARTERS:
+        return TableMap(vectors, table, audio, f"{len(paths)} clips; the model was trained on generated sounds alone")
     seen = in_training(notes["place"], notes.get("model", ""), paths, states) if notes.get("place") else None
     return TableMap(vectors, table, audio, UNKNOWN if seen is None else ~seen)
 

@@ -13,6 +13,8 @@ The recipes:
                frame pooling) at the width, depth, batch size and learning rate of our presets
     before     the presets of an earlier commit, run by its own code: --before takes a checkout of it
     now        the presets of this commit
+    starter    these presets, but the weights begin as those of the model that the package brings, which fix the
+               network, the patches and the front end; the windows keep their number of frames
 
 Finished trainings in --out are skipped. The report compares each recipe with the last one: how many seconds both need
 for the best score that both reach, by linear interpolation between budgets, and the ratio. A curve whose cheapest
@@ -31,6 +33,7 @@ from pathlib import Path
 MODES = ("without labels", "with labels")
 RECIPES = {  # → parts of its epochs to train for
     "released": (0.125, 0.25, 0.5, 1.0), "before": (0.125, 0.25, 0.5, 1.0), "now": (0.0625, 0.125, 0.25, 0.5, 1.0),
+    "starter": (0.0625, 0.125, 0.25, 0.5, 1.0),
 }
 
 
@@ -71,6 +74,10 @@ def train_and_score(job):
 
     cfg = config_of(opened(job["data"]), job["mode"], job["budget"]).replace(seed=job["seed"], eval_every=0)
     cfg = released(cfg) if job["recipe"] == "released" else cfg
+    if job["recipe"] == "starter":
+        from audiomaepp.run import with_weights
+
+        cfg = with_weights(cfg.replace(init="starter"), ["img_size"] if cfg.clip_seconds < 4 else [])
     recordings = opened(job["data"], cfg.sample_rate)
     if isinstance(recordings, tuple):
         train, test = recordings
@@ -185,9 +192,10 @@ def show(title, part):
     print(f"\n{title}: seconds, kNN-10 / linear, of the cheapest to the longest training")
     for recipe, points in part["curves"].items():
         print(f"{recipe:10}" + "".join(f"{f'{s:.0f} s {k:.3f} / {li:.3f}':>24}" for s, k, li in points))
+    base = list(part["curves"])[-1]
     for name, pairs in part["equal"].items():
         for recipe, found in pairs.items():
-            print(f"to {name} {found['score']:.3f}: {recipe} {found['seconds']:.0f} s, now {found['ours']:.0f} s, "
+            print(f"to {name} {found['score']:.3f}: {recipe} {found['seconds']:.0f} s, {base} {found['ours']:.0f} s, "
                   f"{found['ratio']:.2f} times")
 
 
@@ -195,7 +203,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=["synthetic"], help="sources that quality.py takes")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="the last one is the base")
+    parser.add_argument("--recipes", nargs="+", default=["released", "before", "now"], choices=RECIPES,
+                        help="the last one is the base")
     parser.add_argument("--parts", type=int, help="hold out only so many folds or speakers, the first ones")
     parser.add_argument("--before", help="checkout of the commit whose presets are compared")
     parser.add_argument("--budgets", nargs="+", type=float, help="for every recipe; default: see RECIPES")

@@ -53,11 +53,20 @@ def test_from_a_folder_to_a_map(home, capsys):
     assert isinstance(names["run"], Run) and (home / "runs/c/model.safetensors").exists()
 
 
+def test_the_commands_without_a_training_run(home, capsys):
+    text = next(block for block in blocks("sh") if "--init starter" in block)
+    lines = [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
+    assert [line[0] for line in lines] == ["map", "search", "embed", "train"]
+    for line in lines:
+        cli.main([*line, "--epochs", "1"] if line[0] == "train" else line)
+    assert "generated sounds alone" in capsys.readouterr().out and len(pd.read_parquet("embeddings.parquet")) == 15
+
+
 def test_every_shell_command_parses_and_runs(home, capsys):
     text = next(block for block in blocks("sh") if "audiomaepp predict" in block)
     lines = [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
     assert [line[0] for line in lines] == [
-        "train", "evaluate", "map", "search", "embed", "search", "finetune", "predict"]
+        "train", "evaluate", "map", "search", "embed", "search", "shard", "finetune", "predict"]
     for line in lines:
         cli.main([*line, "--epochs", "1"] if line[0] == "finetune" else line)
     assert "accuracy" in capsys.readouterr().out

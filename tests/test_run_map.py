@@ -340,4 +340,5 @@ def test_only_maps_are_replaced(run, table, tmp_path):
 
 
 def test_another_file_is_no_table(sounds):
-    assert "must be a Parquet table" in refused("map", sounds)
+    (sounds.parent / "notes.txt").write_text("no table")
+    assert "must be a Parquet table" in refused("map", sounds.parent / "notes.txt")

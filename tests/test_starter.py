@@ -1,0 +1,130 @@
+"""The model in the box: it is there, it is small, it has heard no recording, and everything starts from it."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+
+from audiomaepp import hear
+from audiomaepp.cli import main
+from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.estimator import AudioMAEEmbedder
+from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.run import Run
+from audiomaepp.search import SoundIndex
+from audiomaepp.synthetic import generated, synthesize
+
+FOLDER = files("audiomaepp") / "starters" / "starter"
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """A folder of six classes with four short sounds each."""
+    folder, made = tmp_path_factory.mktemp("starter") / "sounds", synthesize(n=4, seed=3)
+    for i, (label, wave) in enumerate(zip(made.table["label"], made.waves, strict=True)):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / label / f"{i}.wav", np.asarray(wave), made.sample_rate)
+    return folder
+
+
+# ---- what it is
+
+
+def test_it_is_small_enough_for_a_wheel():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 4_000_000
+    model = AudioMAEPlusPlus.from_pretrained("starter")
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
+    assert all(p.dtype == torch.float32 for p in model.parameters()) and model.whitening is not None
+
+
+def test_its_card_says_what_it_has_learnt_from():
+    card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
+    assert "generated sound programs" in card and "no recording" in card and "kNN" in card
+
+
+def test_it_knows_a_sound_when_it_is_performed_again():
+    """Programs that no training has seen: the nearest neighbor of a take is the other take of its program."""
+    made, embed = generated(60, 987_654), EmbeddingGenerator()
+    x, y = (np.stack([embed.extract_embedding(made.wav(i, take)) for i in range(60)]) for take in (0, 1))
+    x, y = ((v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (x, y))
+    assert ((x @ y.T).argmax(1) == np.arange(60)).mean() > 0.6
+
+
+def test_a_folder_of_the_same_name_is_not_it(tmp_path, monkeypatch):
+    (tmp_path / "starter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert EmbeddingGenerator().model.embedding_dim == EmbeddingGenerator("starter").model.embedding_dim
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        EmbeddingGenerator("./starter")
+
+
+def test_it_needs_no_network_and_no_folder(tmp_path):
+    code = """
+import socket
+def refused(*args, **kwargs):
+    raise OSError("no network here")
+socket.socket.connect = refused
+from audiomaepp import EmbeddingGenerator
+import torch
+print(len(EmbeddingGenerator().extract_embedding(torch.randn(16000))))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == EmbeddingGenerator().model.embedding_dim
+
+
+# ---- what starts from it
+
+
+def test_commands_without_a_model(sounds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["embed", str(sounds), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    table = pd.read_parquet("embeddings.parquet")
+    assert len(table) == 48 and facts["new"] == 48 and len(table["embedding"][0]) == 512
+    clip = table["path"][7]
+    main(["search", str(sounds), clip, "--json"])
+    hits = json.loads(capsys.readouterr().out)
+    assert hits["hits"][0]["path"] != clip and len(hits["hits"]) > 3
+    main(["map", str(sounds), "--json"])
+    (page,) = (p for p in json.loads(capsys.readouterr().out)["pictures"] if p.endswith(".html"))
+    assert "trained on generated sounds alone" in open(page, encoding="utf-8").read()
+
+
+def test_a_clip_that_is_not_in_the_table_is_searched_with_it(sounds, tmp_path):
+    out = tmp_path / "x.parquet"
+    EmbeddingGenerator().embed_folder(sounds, out, quiet=True)
+    new = synthesize(n=1, seed=99)
+    soundfile.write(tmp_path / "new.wav", np.asarray(new.waves[0]), new.sample_rate)
+    assert len(SoundIndex(out).search(tmp_path / "new.wav").table) > 3
+
+
+def test_the_demo_maps_all_sounds_before_it_trains(sounds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["demo", "--data", str(sounds), "--quick", "--out", "runs/demo"])
+    told = capsys.readouterr().out
+    assert told.index("48 clips; the model was trained on generated sounds alone") < told.index("Now a training")
+    assert (tmp_path / "runs" / "demo" / "pictures" / "map.html").is_file()
+
+
+def test_a_pipeline_and_hear_without_a_model(sounds):
+    paths = sorted(map(str, sounds.rglob("*.wav")))
+    labels = [path.split("/")[-2] for path in paths]
+    pipeline = make_pipeline(AudioMAEEmbedder(), KNeighborsClassifier(1)).fit(paths, labels)
+    assert pipeline.score(paths, labels) == 1
+    model = hear.load_model()
+    assert hear.get_scene_embeddings(torch.randn(2, 16_000), model).shape == (2, model.scene_embedding_size)
+
+
+def test_a_training_starts_from_it(sounds, tmp_path):
+    run = Run.train(sounds, out=tmp_path / "run", init="starter", epochs=1, warmup_epochs=0.5, quiet=True)
+    assert run.config.embed_dim == AudioMAEPlusPlus.from_pretrained("starter").cfg.embed_dim
+    assert run.resume(epochs=2, quiet=True).epochs == 2
