@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/pieces.ipynb #b1ec0003
+import hashlib
 import io
 import os
 import re
@@ -118,6 +119,13 @@ def file_state(
         return piece.size, 0
     stat = os.stat(path if piece is None else piece.tar)
     return stat.st_size if piece is None else piece.size, stat.st_mtime_ns
+
+
+def digest_of(
+    file, # binary file object
+) -> str:
+    "Return a digest of an open file: of a shard, or of a recording, the same one in a manifest and in a run."
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def too_short(

@@ -13,11 +13,12 @@ import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .audio import AUDIO_EXTENSIONS, AudioError, probe
+from .audio import AUDIO_EXTENSIONS, AudioError, not_a_file, probe
 from audiomaepp.files import (
     Stopped,
     claim,
@@ -25,12 +26,11 @@ from audiomaepp.files import (
     naming,
     only_writer,
     printable,
-    read_json,
     replacing,
     stopping,
     write_atomic,
 )
-from .pieces import Piece, file_state, is_address, is_file, open_file, piece_of
+from .pieces import Piece, digest_of, file_state, is_address, is_file, open_file, piece_of
 from .tables import _text
 
 if TYPE_CHECKING:
@@ -53,16 +53,11 @@ def _facts(
     return {"path": name} | {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in plain.items()}
 
 
-def _digest_of(file) -> str:
-    "Return a digest of an open binary file; `recordings.csv` of a run has the same ones."
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _add(tar: tarfile.TarFile, name: str, file, size: int):
-    "Add an open file to a tar file, with the same bytes whenever and by whomever it is written."
+def _add(tar: tarfile.TarFile, name: str, data: bytes):
+    "Add a file to a tar file, with the same bytes whenever and by whomever it is written."
     info = tarfile.TarInfo(name)
-    info.size = size
-    tar.addfile(info, file)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
 
 
 def _encoded(recordings: "Recordings", i: int) -> bytes:
@@ -80,24 +75,20 @@ def _add_recording(
     i: int, # number of the row
     name: str, # name of the recording, relative to its folder
 ) -> tuple[str, dict]: # name in the tar file, and what the table says
-    "Add a recording and its JSON file; raise `AudioError` before anything is added if its header cannot be read."
+    "Add a recording and its JSON file; raise `AudioError` or `OSError` before anything is added."
     path, facts = recordings.paths[i], _facts(recordings, i, name)
     if is_file(path):
-        info, ending = probe(path), os.path.splitext(path)[1].lower()
-        inside = f"{i:09d}{ending}"
-        with open_file(path) as file:
-            digest = _digest_of(file)
-            file.seek(0)
-            _add(tar, inside, file, file_state(path)[0])
+        if problem := not_a_file(path):
+            raise AudioError(path, problem)
+        with open_file(path) as file: # whole: a file that fails or shrinks while it is added would spoil the tar file
+            data, ending = file.read(), os.path.splitext(path)[1].lower()
     else:
-        data = _encoded(recordings, i)
-        info, inside = probe(data), f"{i:09d}.flac"
-        facts["path"] = name if name.endswith(".flac") else f"{name}.flac"
-        digest = _digest_of(io.BytesIO(data))
-        _add(tar, inside, io.BytesIO(data), len(data))
-    text = json.dumps(facts).encode()
-    _add(tar, f"{i:09d}.json", io.BytesIO(text), len(text))
-    return inside, facts | {"seconds": info.seconds, "digest": digest}
+        data, ending = _encoded(recordings, i), ".flac"
+        facts["path"] = name if name.endswith(ending) else f"{name}{ending}"
+    info, inside = probe(data), f"{i:09d}{ending}"
+    _add(tar, inside, data)
+    _add(tar, f"{i:09d}.json", json.dumps(facts).encode())
+    return inside, facts | {"seconds": info.seconds, "digest": digest_of(io.BytesIO(data))}
 
 # %% ../nbs/15_shards.ipynb #5a4d0009
 def _plan_of(recordings: "Recordings", rows: range, names: list[str]) -> str:
@@ -122,9 +113,10 @@ def _write_shard(
     path, note = out / f"{number:06d}.tar", out / "parts" / f"{number:06d}.json"
     plan = _plan_of(recordings, rows, names)
     if path.is_file() and note.is_file():
-        part = read_json(note)
-        if part.get("plan") == plan and part.get("bytes") == path.stat().st_size:
-            return part
+        with suppress(ValueError, KeyError, TypeError): # a damaged part is written again
+            part = json.loads(note.read_bytes())
+            if part["plan"] == plan and part["bytes"] == path.stat().st_size:
+                return part
     facts, skipped = {}, []
     make_folder(note.parent)
     with replacing(path) as temporary:
@@ -139,7 +131,7 @@ def _write_shard(
         with tarfile.open(temporary) as tar:
             rows_of = [facts[m.name] | {"first": m.offset_data, "size": m.size} for m in tar if m.name in facts]
         with open(temporary, "rb") as file:
-            digest, size = _digest_of(file), temporary.stat().st_size
+            digest, size = digest_of(file), temporary.stat().st_size
     part = dict(plan=plan, bytes=size, digest=digest, rows=rows_of, skipped=skipped)
     write_atomic(note, json.dumps(part).encode())
     return part
@@ -286,9 +278,11 @@ def _from_headers(tars: list[str]) -> "pd.DataFrame":
     "Return a table of what is in tar files without a manifest."
     import pandas as pd
 
+    from audiomaepp.data import check_columns
+
     with ThreadPoolExecutor() as pool:
         rows = [row for found in pool.map(read_headers, tars) for row in found]
-    return pd.DataFrame(rows, columns=None if rows else ["path", "label"])
+    return check_columns(pd.DataFrame(rows, columns=None if rows else ["path", "label"]), tars[0])
 
 # %% ../nbs/15_shards.ipynb #5a4d0015
 def _manifest(place: str): # DataFrame with whole paths
@@ -324,7 +318,7 @@ def tars_of(pattern: str) -> list[str]:
         elif any(c in name for c in "*?["):
             tars += sorted(str(path) for path in Path(os.path.dirname(name) or ".").glob(os.path.basename(name)))
         elif os.path.isfile(name):
-            tars.append(os.path.abspath(name))
+            tars.append(name)
         else:
             raise FileNotFoundError(f"{name} does not exist; use shards that are there, in {pattern!r}")
     if not tars:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 from .config import Config
 from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
-from .pieces import file_state, is_address, is_file, open_file, piece_of, shard_numbers
+from .pieces import digest_of, file_state, is_address, is_file, open_file, piece_of, shard_numbers
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
@@ -223,7 +223,7 @@ class _Row(NamedTuple):
             return table["digest"].iat[self.i]  # of a manifest of shards: the same digest, made when they were written
         if is_file(path):
             with open_file(path) as file:
-                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+                return digest_of(file)
         eighths = np.array_split(np.asarray(self.recordings.waves[self.i], np.float64), 8)
         return " ".join(f"{np.sqrt(np.mean(part**2)) if len(part) else 0:.4g}" for part in eighths)
 

@@ -130,6 +130,45 @@ def test_a_bad_file_is_left_out_and_listed_and_nothing_else_is_lost(folder, tmp_
         shard(tmp_path / "bad", tmp_path / "none", quiet=True)
 
 
+@pytest.mark.parametrize("at", [0, 0.5, 1.5])  # in the first reading of the file, and in a second one, if there is one
+def test_a_drive_that_fails_inside_a_recording_loses_it_alone(at, folder, tmp_path, monkeypatch):
+    """The shard stays whole: what is not in the manifest is listed, and what is in it has its own bytes."""
+
+    class Failing(io.FileIO):
+        reads = 0
+
+        def readinto(self, buffer):
+            Failing.reads += 1
+            if Failing.reads > at * os.path.getsize(self.name) / 1000:
+                raise OSError(5, "Input/output error")
+            return super().readinto(memoryview(buffer)[:1000])
+
+        def readall(self):
+            return b"".join(iter(lambda: self.read(1000), b""))
+
+        def read(self, size=-1):
+            buffer = bytearray(1000)
+            return self.readall() if size < 0 else bytes(buffer[: self.readinto(buffer)])
+
+    def opened(path):
+        return Failing(path) if path.endswith("clip 4.v2.flac") else pieces.open_file(path)
+
+    monkeypatch.setattr(shards, "open_file", opened)
+    table = shard(folder, tmp_path, clips=10, quiet=True)
+    skipped = [os.path.basename(path) for path, _ in table.attrs["skipped"]]
+    assert skipped == (["clip 4.v2.flac"] if at < 1 else []) and len(table) + len(skipped) == 24
+    for piece in (f"{tmp_path}/{path}" for path in table["path"]):
+        with pieces.open_file(piece) as file:
+            assert file.read() == (folder / piece_of(piece).name).read_bytes()
+
+
+def test_a_damaged_part_is_written_again(folder, tmp_path):
+    shard(folder, tmp_path, clips=10, quiet=True)
+    whole = (tmp_path / "000001.tar").read_bytes()
+    (tmp_path / "parts" / "000001.json").write_bytes(b'{"plan": ')
+    assert len(shard(folder, tmp_path, clips=10, quiet=True)) == 24 and (tmp_path / "000001.tar").read_bytes() == whole
+
+
 def test_a_killed_command_goes_on_and_the_shards_are_the_same(folder, made, tmp_path):
     code = f"""
 import os, sys, time
@@ -274,7 +313,7 @@ def test_a_large_set_is_not_decoded_before_the_training(folder, tmp_path, monkey
         file.write(b"x" * piece.size)
     monkeypatch.setattr(data, "KEEP", 1000)
     asked, hashed = [], []
-    monkeypatch.setattr(source.hashlib, "file_digest", lambda *args: hashed.append(args))
+    monkeypatch.setattr(source, "digest_of", hashed.append)
     monkeypatch.setattr(data, "drop_unreadable", lambda *args, **how: asked.append(args))
     how = TINY | dict(max_unreadable=0.1)
     run = Run.train(tmp_path / "out", held_out=[0, 6, 20], out=tmp_path / "run", quiet=True, **how)
