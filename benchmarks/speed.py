@@ -158,8 +158,8 @@ def measure(row, args):
     median = {name: statistics.median(some) for name, some in times.items()}
     first = next(name for name in parts if name not in ALONE)
     clips = {name: part.clips for name, part in parts.items()}
-    done = dict(name=row.name, precision=row.precision, unit=row.unit, clips=clips, rounds=times, median=median,
-                equal=equal)
+    done = dict(name=row.name, device=args.device, precision=row.precision, unit=row.unit, clips=clips, rounds=times,
+                median=median, equal=equal)
     done["spread"] = {name: (max(some) - min(some)) / median[name] for name, some in times.items()}
     done["ratio"] = {name: median[name] / clips[name] / (median[first] / clips[first]) for name in median
                      if name not in (first, "matrix")}  # fmt: skip
@@ -171,7 +171,7 @@ def measure(row, args):
     if stages.get(first):
         totals = [dict(s, other=t - sum(s.values())) for s, t in zip(stages[first], times[first], strict=True)]
         done["stages"] = {k: statistics.median(s[k] / sum(s.values()) for s in totals) for k in totals[0]}
-    if row.memory and not args.quick:
+    if row.memory and not args.quick and not args.no_memory:
         done["memory_mb"] = memory_of(row, args)
     return done
 
@@ -186,6 +186,9 @@ BARS = (  # row, figure, part, lowest (or, for memory, stages and growth, highes
     ("step of semantic", "stages", "front end, augmentation", 0.15), ("folder", "ratio", "model alone", 0.9),
     ("growth with files", "growth", "", 10.5),
 )  # fmt: skip
+BARS_GPU = (  # the same, in bf16 and compiled
+    ("train base bf16", "share", "ours, compiled", 0.45), ("train (tiny|base) bf16", "compiled", "released", 3.0),
+)  # fmt: skip
 
 
 def bars_of(row):
@@ -194,10 +197,11 @@ def bars_of(row):
     memory = row.get("memory_mb", {})
     figures = {"share": row.get("share", {}), "ratio": row["ratio"], "stages": row.get("stages", {}),
                "memory": {n: memory["ours"] / mb for n, mb in memory.items() if "ours" in memory},
-               "growth": {"": row["median"][names[-1]] / row["median"][names[0]]}}  # fmt: skip
-    for pattern, figure, part, bar in BARS:
+               "growth": {"": row["median"][names[-1]] / row["median"][names[0]]},
+               "compiled": {n: r / row["ratio"].get("ours, compiled", r) for n, r in row["ratio"].items()}}  # fmt: skip
+    for pattern, figure, part, bar in BARS_GPU if row["device"] == "cuda" else BARS:
         if re.search(pattern, row["name"]) and (value := figures[figure].get(part)) is not None:
-            least = figure in ("share", "ratio")
+            least = figure in ("share", "ratio", "compiled")
             what = f"{figure} {part}".replace("ratio", "vs").replace("stages", "").replace("ours", "").strip()
             text = f"{what} {value:.2f} ({'≥' if least else '≤'} {bar:g})"
             rows.append((text, value >= bar if least else value <= bar))
@@ -272,6 +276,7 @@ def arguments(argv):
     parser.add_argument("--compile", action="store_true", help="torch.compile as a further part; minutes on a CPU")
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE",
                         help="settings of Config: a further part of the training rows")  # fmt: skip
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory: a process for each part")
     parser.add_argument("--rounds", type=int, help="largest number of rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",

@@ -45,7 +45,6 @@ class PlainReference(Ours):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.weights = dict(self.module.named_parameters())
-        self.positions = {part: getattr(self.module, part).pos_embed for part in ("encoder", "decoder")}
 
     def linear(self, name, x):
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -65,7 +64,7 @@ class PlainReference(Ours):
         return x + self.linear(f"{name}.ffn2.project", self.norm(f"{name}.ffn2.norm", y))
 
     def encode(self, patches, ids=None):
-        pos = self.positions["encoder"]
+        pos = self.module.encoder.pos_embed
         x = self.linear("encoder.patch_embed", patches) + pos[:, 1:]
         if ids is not None:
             x = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
@@ -82,7 +81,7 @@ class PlainReference(Ours):
         x = self.linear("decoder.embed", self.encode(patches, shuffle[:, :visible]))
         hidden = self.weights["decoder.mask_token"].to(x.dtype).repeat(len(x), patches.shape[1] - visible, 1)
         full = torch.cat([x[:, 1:], hidden], 1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
-        x = torch.cat([x[:, :1], full], 1) + self.positions["decoder"]
+        x = torch.cat([x[:, :1], full], 1) + self.module.decoder.pos_embed
         for i in range(self.cfg.decoder_depth):
             x = self.block(f"decoder.blocks.{i}", x, self.cfg.decoder_num_heads)
         pred, mask = self.linear("decoder.pred", self.norm("decoder.norm", x))[:, 1:], (restore >= visible).float()

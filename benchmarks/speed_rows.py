@@ -128,8 +128,8 @@ def model_row(work, label, cfg, precision, peers, args, **how):
 def model_rows(args):
     """Training and embedding: the released mathematics and, beside ViTMAE and timm, plain blocks."""
     same, vitmae, timm = found(Released, PlainReference), found(HuggingFace), found(Timm)
-    for work, batch in (("train", args.quick and dict(tiny=8) or dict(tiny=16, base=8)),
-                        ("embed", args.quick and dict(tiny=4) or dict(tiny=16, base=8))):  # fmt: skip
+    full = dict(tiny=512, base=256) if args.device == "cuda" else dict(tiny=16, base=8)
+    for work, batch in (("train", args.quick and dict(tiny=8) or full), ("embed", args.quick and dict(tiny=4) or full)):
         for size, n in batch.items():
             for precision in PRECISIONS:
                 how = dict(repeats=3) if size == "base" else {}

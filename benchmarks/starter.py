@@ -1,18 +1,23 @@
 """Train the model in the box: on generated sounds alone, watched on recordings that it is not trained on.
 
-    python benchmarks/starter.py --clips 1000000 --watch ../shared/data/esc10 --out runs/starter
+    python benchmarks/starter.py --clips 1000000 --out runs/starter
+    python benchmarks/starter.py --watch ../shared/data/esc10 --out runs/starter
     python benchmarks/starter.py --score ../shared/data/esc10 ../shared/data/fsdd synthetic --out runs/starter
     python benchmarks/starter.py --pack audiomaepp/starters/starter --out runs/starter
 
 The first command trains, and resumes if it was interrupted. --clips counts the clips that are trained on, --programs
-the distinct programs among them (default: each clip is a new one); a program that comes again is performed anew.
-Watched are, in three read-outs, plain and whitened: held-out programs (kNN-10 and linear probe of the source, and how
-often a take's nearest neighbor among 480 programs is another take of the same one), and of each --watch set its first
-parts, at most three, each held out in turn; the parts that are left choose nothing. watch.csv has a line for each look.
+the distinct programs among them (default: each clip is a new one); a program that comes again is performed anew. With
+--pool FOLDER two takes of each program are computed once, before the training, and every training that names the folder
+reads them: on a machine with a GPU, the programs take longer than the training. The weights are kept --looks times.
 
-The second command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
+The second command scores these weights, also while the training runs or on another machine. Watched are, in three
+read-outs, plain and whitened: held-out programs (kNN-10 and linear probe of the source, and how often a take's nearest
+neighbor among 480 programs is another take of the same one), and of each set its first parts, at most three, each held
+out in turn; the parts that are left choose nothing. watch.csv has a line for each look.
+
+The third command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
 network and chance, and writes scores.json. The model's read-out is its preset's; its whitening is fitted to generated
-clips. The third writes it in half precision, with a card, as the package brings it, and says how far vectors move.
+clips. The fourth writes it in half precision, with a card, as the package brings it, and says how far vectors move.
 
 Ablations: --without SOURCE leaves sources out, --takes 1 contrasts two augmented copies of one take instead of two
 takes, --strength moves the numbers of a program more or less from take to take, --set changes any setting.
@@ -22,9 +27,12 @@ import argparse
 import json
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from quality import baselines, column_of, mean_and_spread, opened, parts_of
 from trial import READ_OUTS, parsed
@@ -34,7 +42,7 @@ from audiomaepp.config import Config
 from audiomaepp.data import Recordings, drop_unreadable, split
 from audiomaepp.embed import EmbeddingGenerator, whiten_model
 from audiomaepp.evaluate import evaluate_embeddings
-from audiomaepp.features import build_frontend
+from audiomaepp.features import build_frontend, log_clip, log_recording
 from audiomaepp.files import write_atomic
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.synthetic import SOURCES, generated
@@ -42,8 +50,8 @@ from audiomaepp.train import Trainer
 from audiomaepp.validation import UNTRAINED, untrained_vectors, whitened
 
 SIZES = {  # of the encoder
-    "small": dict(embed_dim=96, depth=2, num_heads=4), "preset": {},
-    "large": dict(embed_dim=192, depth=3, num_heads=4, decoder_embed_dim=96),
+    "small": dict(embed_dim=96), "preset": {}, "deep": dict(depth=3), "wide": dict(embed_dim=160),
+    "large": dict(embed_dim=192, depth=3, decoder_embed_dim=96),
 }
 HELD = 480  # held-out programs
 LOOKS = ("", "_frame", "_frame_std_statistics")  # read-outs that are watched, a name each in trial.py
@@ -67,13 +75,12 @@ def labelled_parts(source: str, cfg: Config, most: int = 3):
 
 
 class Watch:
-    """Scores a model in some read-outs; called by the trainer now and then."""
+    """Scores a model in some read-outs."""
 
-    def __init__(self, cfg: Config, sets: list[str], strength: float, out: Path):
+    def __init__(self, cfg: Config, sets: list[str], strength: float):
         programs = generated(2 * HELD, 1_000_000, cfg.clip_seconds, cfg.sample_rate, strength)
         self.programs, self.again = in_memory(programs, 0), in_memory(programs.select(range(HELD)), 1)
         self.sets = {Path(source).stem: labelled_parts(source, cfg) for source in sets}
-        self.out = out
 
     def __call__(self, model) -> dict[str, float]:
         cfg, row = model.cfg, {}
@@ -91,7 +98,6 @@ class Watch:
                 for kind in ("", "_whitened"):
                     folds = [judged(x, y, names == part, kind) for part in np.unique(names)]
                     row |= {f"{name}_{k}{ending}{kind}": np.mean([f[k] for f in folds]) for k in ("knn", "linear")}
-        model.cfg = cfg
         return {name: round(float(value), 4) for name, value in row.items()}
 
 
@@ -108,6 +114,73 @@ def found_again(x, z):
     return float(((z @ x.T).argmax(1) == torch.arange(len(z))).float().mean())
 
 
+def watch(args):
+    """Score the weights that a training has kept and that have no line yet; write watch.csv."""
+    out, rows = Path(args.out), []
+    if (out / "watch.csv").exists():
+        rows = pd.read_csv(out / "watch.csv").to_dict("records")
+    look = None
+    for folder in sorted((out / "looks").iterdir()):
+        step = int(folder.name)
+        if step not in [row["step"] for row in rows]:
+            model = AudioMAEPlusPlus.from_pretrained(folder)
+            look = look or Watch(model.cfg, args.watch, args.strength)
+            rows.append(dict(step=step, clips=step * model.cfg.batch_size // model.cfg.echo, **look(model)))
+            pd.DataFrame(sorted(rows, key=lambda row: row["step"])).to_csv(out / "watch.csv", index=False)
+            print(f"step {step}: {rows[-1]}")
+
+
+# ---- a pool of takes
+
+
+def takes_of(sounds, cfg, rows):
+    """Log spectra of two takes of some programs, (n, 2, frames, n_mels) float16."""
+    torch.set_num_threads(1)
+    frontend = build_frontend(cfg)
+    takes = [[log_clip(frontend, log_recording(frontend, sounds.wav(i, take))) for take in range(2)] for i in rows]
+    return torch.stack([torch.stack(two) for two in takes]).half().numpy()
+
+
+def pool_of(sounds, cfg, folder: Path, processes: int):
+    """The takes of programs, read from a folder; computed first if it has none."""
+    facts = json.loads(json.dumps(sounds.score._asdict() | dict(img_size=cfg.img_size)))
+    found = json.loads((folder / "pool.json").read_text()) if (folder / "pool.json").exists() else None
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        takes = np.lib.format.open_memmap(folder / "takes.npy", "w+", np.float16, (len(sounds), 2, *cfg.img_size))
+        blocks = [range(i, min(i + 64, len(sounds))) for i in range(0, len(sounds), 64)]
+        with ProcessPoolExecutor(processes) as workers:
+            for rows, some in zip(blocks, workers.map(partial(takes_of, sounds, cfg), blocks), strict=True):
+                takes[rows.start : rows.stop] = some
+        found = facts | dict(programs=len(sounds))
+        write_atomic(folder / "pool.json", json.dumps(found).encode())
+    if found != facts | dict(programs=found["programs"]) or found["programs"] < len(sounds):
+        raise ValueError(f"{folder} must hold {len(sounds)} programs with {facts}, got {found}; choose another --pool")
+    return np.load(folder / "takes.npy", mmap_mode="r")[: len(sounds)]
+
+
+class PoolLoader:
+    """Batches of a pool, in a new order in every epoch."""
+
+    def __init__(self, takes, cfg: Config, two: bool):
+        self.takes, self.cfg, self.two, self.epoch, self.start = takes, cfg, two, 0, 0
+
+    def __len__(self):
+        return len(self.takes) // self.cfg.batch_size
+
+    def set_epoch(self, epoch, start=0, rank=0, world_size=1):
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self):
+        size = self.cfg.batch_size
+        order = np.random.default_rng([self.cfg.seed, self.epoch]).permutation(len(self.takes))
+        for i in range(self.start, len(self)):
+            rows = np.sort(order[i * size : (i + 1) * size])
+            first, second = torch.from_numpy(self.takes[rows]).unbind(1)
+            batch = dict(logmel=first, label=torch.full((size,), -1), index=torch.from_numpy(rows))
+            yield batch | dict(view2=dict(logmel=second)) if self.two else batch
+
+
 # ---- training
 
 
@@ -118,15 +191,18 @@ def config_of(args) -> Config:
     usual = dict(epochs=max(1, round(passes)), warmup_epochs=0.06 * passes, eval_every=0, num_workers=args.workers)
     cfg = Config.preset("semantic_unlabelled", **SIZES[args.size] | usual | changes)
     steps = args.clips // cfg.batch_size * cfg.echo
+    if passes >= args.looks:  # a look at the end of an epoch, else in between
+        return cfg.replace(eval_every=round(passes / args.looks))
     return cfg.replace(eval_steps=max(1, steps // args.looks))
 
 
 def train(args):
-    """Train, or continue; write the model and watch.csv."""
+    """Train, or continue; write the model, and its weights at each look."""
     cfg, out = config_of(args), Path(args.out)
     sources = [name for name in SOURCES if name not in args.without]
     sounds = generated(args.programs, args.seed, cfg.clip_seconds, cfg.sample_rate, args.strength, sources)
     sounds.has_takes = args.takes == 2
+    pool = pool_of(sounds, cfg, Path(args.pool), args.workers) if args.pool else None
     transform, began = Augment(cfg, build_frontend(cfg)), time.perf_counter()
     if (out / "checkpoint.safetensors").exists():
         trainer = Trainer.resume(out, transform=transform)
@@ -135,23 +211,35 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
         facts = vars(args) | dict(sources=sources, torch=torch.__version__)
         write_atomic(out / "starter.json", json.dumps(facts, indent=1, default=str).encode() + b"\n")
-    watch = Watch(cfg, args.watch, args.strength, out)
-    history = trainer.fit(ClipLoader(sounds, cfg), watch, best_by=None)
-    history.to_csv(out / "watch.csv")
-    model = whiten_model(AudioMAEPlusPlus.from_pretrained(out), generated(
-        5000, args.seed + 1, cfg.clip_seconds, cfg.sample_rate, args.strength, sources))
-    model.write(out)
-    print(f"{args.clips} clips, {sum(p.numel() for p in model.parameters()):,} weights, "
+
+    def keep(model):
+        model.write(out / "looks" / f"{trainer.state.step:07d}")
+        return {}
+
+    batches = ClipLoader(sounds, cfg) if pool is None else PoolLoader(pool, cfg, two=args.takes == 2)
+    trainer.fit(batches, keep, best_by=None)
+    print(f"{args.clips} clips, {sum(p.numel() for p in trainer.model.parameters()):,} weights, "
           f"{time.perf_counter() - began:.0f} s in this process")
 
 
 # ---- scores
 
 
+def finished(out: Path):
+    """The trained model, with a whitening that is fitted once to generated clips."""
+    model, facts = AudioMAEPlusPlus.from_pretrained(out), json.loads((out / "starter.json").read_text())
+    if model.whitening is None:
+        cfg = model.cfg
+        clips = 5000, facts["seed"] + 1, cfg.clip_seconds, cfg.sample_rate, facts["strength"], facts["sources"]
+        model = whiten_model(model, generated(*clips))
+        model.write(out)
+    return model
+
+
 def score(args):
     """Score the trained model on whole sets, beside the baselines; write scores.json."""
     out = Path(args.out)
-    model = AudioMAEPlusPlus.from_pretrained(out)
+    model = finished(out)
     report = json.loads((out / "scores.json").read_text()) if (out / "scores.json").exists() else {}
     for source in args.score:
         recordings = opened(source, model.cfg.sample_rate)
@@ -179,7 +267,7 @@ def score(args):
 def pack(args):
     """Write the trained model in half precision, with its card; say how near its vectors are to those before."""
     out, target = Path(args.out), Path(args.pack)
-    model, facts = AudioMAEPlusPlus.from_pretrained(out), json.loads((out / "starter.json").read_text())
+    model, facts = finished(out), json.loads((out / "starter.json").read_text())
     cfg, scores = model.cfg, json.loads((out / "scores.json").read_text())
     some = in_memory(generated(100, args.seed + 2, cfg.clip_seconds, cfg.sample_rate), 0)
     before = EmbeddingGenerator(model).embed_recordings(some)[0]
@@ -204,8 +292,9 @@ def main():
     parser.add_argument("--clips", type=int, default=1_000_000, help="clips to train on")
     parser.add_argument("--programs", type=int, help="distinct programs; default: as many as clips")
     parser.add_argument("--size", choices=SIZES, default="preset")
-    parser.add_argument("--watch", nargs="*", default=[], help="sets to look at, at most three parts of each")
-    parser.add_argument("--looks", type=int, default=12, help="how often to look")
+    parser.add_argument("--pool", help="folder for two takes of each program, computed once for several trainings")
+    parser.add_argument("--looks", type=int, default=12, help="how often the weights are kept")
+    parser.add_argument("--watch", nargs="*", help="score the weights that were kept, on programs and on these sets")
     parser.add_argument("--strength", type=float, default=0.05, help="how far a take moves the numbers of a program")
     parser.add_argument("--takes", type=int, choices=(1, 2), default=2, help="takes that are contrasted")
     parser.add_argument("--without", nargs="*", default=[], choices=list(SOURCES), help="sources to leave out")
@@ -218,7 +307,8 @@ def main():
     args = parser.parse_args()
     args.programs = args.programs or args.clips
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    pack(args) if args.pack else score(args) if args.score else train(args)
+    work = pack if args.pack else score if args.score else train if args.watch is None else watch
+    work(args)
 
 
 if __name__ == "__main__":

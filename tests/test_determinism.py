@@ -161,9 +161,10 @@ def test_recomputed_blocks_learn_the_same_from_less_memory():
         torch.manual_seed(0)
         given = AudioMAEPlusPlus(cfg := config(depth=4, decoder_depth=4))  # also for a model that is fine-tuned
         model = Trainer(cfg.replace(recompute=again), given, quiet=True).model
-        spec, sizes = torch.randn(8, 1, *model.cfg.img_size), []
+        device = next(model.parameters()).device
+        spec, sizes = torch.randn(8, 1, *model.cfg.img_size, device=device), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
-            loss = model(spec, torch.arange(8) // 2).loss
+            loss = model(spec, torch.arange(8, device=device) // 2).loss
         loss.backward()
         kept[again], gradients[again] = sum(sizes), [p.grad for p in model.parameters()]
     assert all(map(torch.equal, *gradients.values())) and kept[True] < 0.3 * kept[False]

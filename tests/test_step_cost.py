@@ -55,8 +55,8 @@ def test_in_float32_a_block_copies_once_and_casts_nothing():
 
 
 def test_in_bf16_a_block_casts_weights_and_gradients_once():
-    """Seven weights and biases, their gradients, and what the normalizations return in float32."""
-    assert kernels_of_a_block(precision="bf16")["_to_copy"] <= 39
+    """Seven weights and biases, their gradients, and what the normalizations return in float32, on a GPU also take."""
+    assert kernels_of_a_block(precision="bf16")["_to_copy"] <= (43 if torch.cuda.is_available() else 39)
 
 
 def test_a_second_view_is_encoded_in_the_same_pass():
