@@ -285,6 +285,27 @@ class Demo(Command):
     def after_stop(self) -> str:
         return " ".join(["The same command starts again.", *_to_resume(self.out)])
 
+# %% ../nbs/60_cli.ipynb #c42eace9
+def which_part(
+    given: str | None, # number of this process and of all, such as 0/16; None: as torchrun says
+) -> tuple[int, int] | None: # None for one process
+    "Return the part of the work that this process has."
+    world = os.environ.get("WORLD_SIZE", "1")
+    given = given or (f"{os.environ['RANK']}/{world}" if world != "1" else "0/1")
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    if not found:
+        raise ValueError(f"part must be the number of this process and of all, got {given!r}; of two processes, "
+                         "one takes 0/2 and one 1/2")
+    return (int(found[1]), int(found[2])) if given != "0/1" else None
+
+
+def own_gpu() -> str | None: # None: the usual device
+    "Return the GPU of this process under torchrun."
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank and torch.cuda.is_available() else None
+
 # %% ../nbs/60_cli.ipynb #2905aebf
 @dataclass
 class Embed(Command):
@@ -303,8 +324,10 @@ class Embed(Command):
     precision: Literal["fp32", "bf16"] = "fp32" # bf16 is faster on recent hardware; vectors keep about three digits
     workers: int | None = None # threads that decode; one for each core by default
     overwrite: bool = False # embed everything again, also what the file holds already
+    part: str | None = None # for several processes: number of this one and of all, as 0/16; known under torchrun
 
     def run(self) -> dict:
+        part = which_part(self.part)
         Source(self.data).check()
         if Path(self.out).suffix.lower() in (".csv", ".json", ".npy"):
             use = Path(self.out).with_suffix(".parquet")
@@ -313,9 +336,10 @@ class Embed(Command):
         from audiomaepp.embed import EmbeddingGenerator
 
         path = Path(self.out).with_suffix(".skipped.csv")
-        how = dict(windows=self.windows, workers=self.workers, overwrite=self.overwrite)
+        how = dict(windows=self.windows, workers=self.workers, overwrite=self.overwrite, part=part)
         check_table(path, ("path", "reason"))
-        generator = EmbeddingGenerator(self.model, self.device, hop_seconds=self.hop_seconds, precision=self.precision)
+        device = self.device or own_gpu()
+        generator = EmbeddingGenerator(self.model, device, hop_seconds=self.hop_seconds, precision=self.precision)
         try:
             table = generator.embed_folder(self.data, self.out, self.pooling_mode, self.quiet, **how)
         except NoRecordings as error:
@@ -326,9 +350,14 @@ class Embed(Command):
         size = len(table["embedding"].iat[0]) if len(table) else 0
         count, new = table["path"].nunique(), table.attrs["new"]
         rows = f"{len(table)} windows, {size} numbers each" if self.windows else f"{size} numbers each"
-        self.say(f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped; "
-                 f"{self.out} holds {count} ({rows})")
-        if skipped:
+        left = table.attrs.get("left", [])
+        if part:
+            end = f"left: {', '.join(f'{n}/{part[1]}' for n in left)}" if left else f"all parts are in {self.out}"
+            self.say(f"part {part[0]}/{part[1]}: {new} recordings embedded, {size} numbers each; {end}")
+        else:
+            self.say(f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped; "
+                     f"{self.out} holds {count} ({rows})")
+        if skipped and not left:
             skipped.to_csv(path)
             self.say(*skipped_lines(skipped), f"All in {path}")
         counts = {"rows": len(table), "new": new, "dimensions": size}

@@ -8,13 +8,16 @@ __all__ = ['EmbeddingGenerator']
 # %% ../nbs/20_embed.ipynb #9feb3ac4
 import copy
 import hashlib
+import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +28,10 @@ from .audio import AudioError, load_audio, resample, stream_audio, windows
 from .config import Config
 from .data import Recordings, Skipped, open_recordings
 from .features import build_frontend
-from .files import Stopped, only_writer, read_parquet, stopping
+from .files import InUseError, Stopped, only_writer, read_parquet, stopping, write_atomic
 from .model import AudioMAEPlusPlus
 from .pooling import fit_whitening, frame_embeddings
-from .store import ADDED, EmbeddingStore, recording_state
+from .store import ADDED, EmbeddingStore, file_of_part, finished, part_of, recording_state
 from .weights import cpu_state
 
 # %% ../nbs/20_embed.ipynb #15051724
@@ -399,6 +402,7 @@ def embed_table(
     place: str = "", # folder or repository of the model
     save_seconds: float = 60.0, # approximate seconds between two saves to `out`
     overwrite: bool = False, # whether to embed again what `out` holds already
+    elsewhere: Collection[str] = (), # recordings to skip, because another table holds them
     **how, # workers and quiet, see `folder_rows`
 ): # DataFrame
     "Embed a table of recordings; skip those that `out` already holds."
@@ -419,13 +423,96 @@ def embed_table(
     else:
         store = EmbeddingStore(out, stream.notes(place), states, save_seconds, overwrite)
         with stopping() as stop, closing(store):
-            for found in rows(store.done, stop):
+            for found in rows({*store.done, *elsewhere}, stop):
                 store.add(found)
                 new += 1
         store.finish(recordings.table)
         table = read_parquet(out)
     table.attrs |= {"skipped": skipped, "new": new}
     return table
+
+# %% ../nbs/20_embed.ipynb #9b7e7443
+def parts_left(
+    out: Path, # output file of all parts
+    count: int, # number of parts
+) -> list[int]: # from 0
+    "Return the parts that are not complete, or that a process is writing."
+    def complete(file: Path) -> bool:
+        try:
+            with only_writer(file.parent):
+                return file.exists()
+        except InUseError:
+            return False
+
+    return [number for number in range(count) if not complete(file_of_part(out, number, count))]
+
+
+def merged(
+    out: Path, # output file of all parts
+    count: int, # number of parts, all of them complete
+    recordings: Recordings, # the recordings of all parts
+    notes: dict[str, str], # texts for the metadata of the file
+) -> Skipped: # (path, reason) of what the processes left out
+    "Merge the tables of several processes, and remove them."
+    folders = [file_of_part(out, number, count).parent for number in range(count)]
+    lists = [json.loads((folder / "skipped.json").read_text()) for folder in folders]
+    states = {p: recording_state(p, wave) for p, wave in zip(recordings.paths, recordings.waves, strict=True)}
+    EmbeddingStore(out, notes, states).finish(recordings.table)
+    return Skipped(dict.fromkeys(tuple(pair) for pairs in lists for pair in pairs))
+
+# %% ../nbs/20_embed.ipynb #0bc944c7
+def embed_part(
+    stream: EmbeddingStream,
+    recordings: Recordings, # the recordings of all parts
+    out: str | os.PathLike, # Parquet file to create or to extend, when all parts are complete
+    part: tuple[int, int], # number of this part, from 0, and of all parts
+    place: str = "", # folder or repository of the model
+    save_seconds: float = 60.0, # approximate seconds between two saves
+    overwrite: bool = False, # whether to embed again what is there already
+    **how, # workers and quiet, see `folder_rows`
+): # DataFrame of this part
+    "Embed one of several parts; merge all of them if no other process has work left."
+    if out is None:
+        raise ValueError("out must name a file for a part, got None; use out=\"embeddings.parquet\", the same for all")
+    out, (number, count) = Path(out), part
+    file, notes = file_of_part(out, number, count), stream.notes(place)
+    mine = recordings.select(np.array([part_of(path, count) == number for path in recordings.paths], dtype=bool))
+    with only_writer(file.parent):
+        states = {p: recording_state(p, wave) for p, wave in zip(mine.paths, mine.waves, strict=True)}
+        there = set() if overwrite else finished(out, notes, states)
+        table = embed_table(stream, mine, file, place, save_seconds, overwrite, there, **how)
+        write_atomic(file.with_name("skipped.json"), json.dumps(table.attrs["skipped"]).encode())
+    table.attrs["left"] = []
+    while file.exists() and not table.attrs["left"]:  # until this process or another one has merged it
+        with ExitStack() as held:
+            try:
+                held.enter_context(only_writer(out, folder=False))
+            except InUseError:  # by the process that merges
+                time.sleep(0.1)
+                continue
+            table.attrs["left"] = parts_left(out, count)
+            if not table.attrs["left"]:
+                if overwrite:
+                    out.unlink(missing_ok=True)
+                table.attrs["skipped"] = merged(out, count, recordings, notes)
+    return table
+
+
+def embed_source(
+    stream: EmbeddingStream,
+    source: str | os.PathLike | Recordings, # anything that `open_recordings` opens
+    out: str | os.PathLike | None, # Parquet file to create or to extend; None keeps the table in memory
+    part: tuple[int, int] | None, # number of this part, from 0, and of all parts; None: all in this process
+    *how, # place, save_seconds and overwrite, see `embed_table`
+    **options, # workers and quiet, see `folder_rows`
+): # DataFrame
+    "Open recordings and embed them, or a part of them."
+    alone = part is None and out is not None
+    with only_writer(out, folder=False) if alone else nullcontext():
+        recordings = open_recordings(source, stream.encoder.cfg.sample_rate)
+        if part is None:
+            return embed_table(stream, recordings, out, *how, **options)
+        return embed_part(stream, recordings, out, part, *how, **options)
 
 # %% ../nbs/20_embed.ipynb #20e0001a
 def _generator_line(generator: "EmbeddingGenerator") -> str:
@@ -536,13 +623,13 @@ class EmbeddingGenerator:
         workers: int | None = None, # threads that decode; default: one for each core
         save_seconds: float = 60.0, # approximate seconds between two saves to `out`
         overwrite: bool = False, # whether to embed again what `out` holds already
+        part: tuple[int, int] | None = None, # number of this process, from 0, and of all that share the work on `out`
     ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs`: skipped (path, reason), new (count)
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
+        With `part`, return the rows of this process; `.attrs["left"]` has the parts that are not complete yet.
         Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal."""
-        with only_writer(out, folder=False) if out is not None else nullcontext():
-            sounds = open_recordings(folder, self.cfg.sample_rate)
-            return embed_table(self._stream(pooling_mode, windows), sounds, out, self.place, save_seconds, overwrite,
-                               workers=workers, quiet=quiet)
+        return embed_source(self._stream(pooling_mode, windows), folder, out, part, self.place, save_seconds, overwrite,
+                            workers=workers, quiet=quiet)
 
 # %% ../nbs/20_embed.ipynb #20f00002
 def whiten_model(

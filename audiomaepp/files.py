@@ -157,15 +157,19 @@ def _sign(handle: int):
     os.pwrite(handle, json.dumps(facts).encode(), 0)
 
 # %% ../nbs/files.ipynb #f11e000f
+class InUseError(OutputError):
+    "The error for an output that another process is writing."
+
+
 def _lock(output: Path, path: Path): # filelock.FileLock
-    "Acquire the lock file of an output; raise `OutputError` that names the process if another one holds it."
+    "Acquire the lock file of an output; raise `InUseError` that names the process if another one holds it."
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.absolute(), timeout=0, is_singleton=True, on_acquired=_sign)
     try:
         lock.acquire()
     except Timeout:
-        raise OutputError(f"{output} is being written by {_holder(path)}; wait until it ends or choose another "
+        raise InUseError(f"{output} is being written by {_holder(path)}; wait until it ends or choose another "
                           "output") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):

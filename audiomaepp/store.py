@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/store.ipynb #0f819c39
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -16,8 +17,18 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .files import damaged, make_folder, naming, parquet_schema, printable, replacing, sweep, write_atomic
-from .pieces import file_state
+from audiomaepp.files import (
+    damaged,
+    make_folder,
+    naming,
+    only_writer,
+    parquet_schema,
+    printable,
+    replacing,
+    sweep,
+    write_atomic,
+)
+from .pieces import file_state, piece_of
 from .tables import _with_paths, paths_of
 
 # %% ../nbs/store.ipynb #24872f00
@@ -93,12 +104,15 @@ def part_schema(): # pyarrow.Schema
     return pa.schema([*kinds.items(), ("embedding", pa.list_(pa.float32()))])
 
 
-def _batches(path: Path) -> Iterator: # of pyarrow.RecordBatch
-    "Yield the columns of `part_schema` that a file holds, some rows at a time."
+def _batches(
+    path: Path, # a table of embeddings
+    columns: list[str] | None = None, # columns to read, as far as the file has them; those of `part_schema` if None
+) -> Iterator: # of pyarrow.RecordBatch
+    "Yield some rows of a file at a time."
     import pyarrow.parquet as pq
 
     with open(path, "rb") as source, pq.ParquetFile(source) as file:  # pyarrow opens only names in UTF-8
-        yield from file.iter_batches(4096, columns=part_schema().names)
+        yield from file.iter_batches(4096, columns=columns or part_schema().names)
 
 
 def _names(batch) -> list[str]:
@@ -283,7 +297,11 @@ class EmbeddingStore:
         sweep(self.parts)
         remove_unfinished(self.out.with_name(self.out.name + ".whole"))
         width = None
-        for path in (path for path in [self.out, *sorted(self.parts.glob("*.parquet"))] if path.exists()):
+        theirs = sorted(self.parts.glob("*-of-*/rows.parquet"))  # of several processes, which must have ended
+        for path in theirs:
+            with only_writer(path.parent):
+                pass
+        for path in (path for path in [self.out, *sorted(self.parts.glob("*.parquet")), *theirs] if path.exists()):
             check_notes(path, {} if overwrite else notes)
             if overwrite:
                 path.unlink()
@@ -307,8 +325,8 @@ class EmbeddingStore:
     def close(self):
         "Write the rows that are not in a part yet as a new part."
         if self.rows:
-            last = self.sources[-1].stem if self.sources and self.sources[-1] != self.out else "-1"
-            path = self.parts / f"{int(last) + 1:06d}.parquet"
+            number = 1 + max((int(source.stem) for source in self.sources if source.stem.isdecimal()), default=-1)
+            path = self.parts / f"{number:06d}.parquet"
             write_part(self.rows, path, self.notes)
             self._add_source(path, [row["path"] for row in self.rows])
             self.rows, self.saved = [], time.monotonic()
@@ -320,6 +338,45 @@ class EmbeddingStore:
         "Write one file of all current rows, and remove the parts."
         merge_parts(self.sources, self.done, table, self.notes, self.out)
         for part in [source for source in self.sources if source != self.out]:
-            part.unlink()
+            shutil.rmtree(part.parent, ignore_errors=True) if part.parent != self.parts else part.unlink()
         with suppress(OSError):  # the user may have put files there
             self.parts.rmdir()
+
+# %% ../nbs/store.ipynb #4da11ae4
+def part_of(
+    path: str, # path of a recording
+    count: int, # number of parts
+) -> int: # from 0
+    "Return the part that a recording belongs to: the same in every process, whatever the other recordings are."
+    piece = piece_of(path)
+    digest = hashlib.blake2b(os.fsencode(path if piece is None else piece.tar), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % count
+
+
+def file_of_part(
+    out: Path, # output file of all parts
+    number: int, # of the part, from 0
+    count: int, # number of parts
+) -> Path:
+    "Return the file of a part; raise `ValueError` for a part that cannot be."
+    if not 0 <= number < count:
+        raise ValueError(f"part must be a number from 0 and a larger count, got {number}/{count}; the parts of two "
+                         "processes are 0/2 and 1/2")
+    return out.with_name(out.name + ".parts") / f"{number:05d}-of-{count:05d}" / "rows.parquet"
+
+
+def finished(
+    path: Path, # a table of embeddings, if it exists
+    notes: Mapping[str, str], # texts for the metadata of the file
+    states: Mapping[str, tuple[int, int]], # path → state, of all recordings that are to be embedded
+) -> set[str]:
+    "Return the recordings whose rows a file holds; its embeddings are not read."
+    if not path.exists():
+        return set()
+    check_notes(path, notes)
+    parquet_schema(path, ["path", "size", "modified"])
+    held = []
+    for batch in _batches(path, ["path", "path_bytes", "size", "modified"]):
+        pairs = zip(batch["size"].to_pylist(), batch["modified"].to_pylist(), strict=True)
+        held += zip(_names(batch), pairs, strict=True)
+    return {name for name, state in held if states.get(name) == state}
