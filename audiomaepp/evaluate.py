@@ -85,7 +85,8 @@ def standardize(
     # float64, because float32 sums lose small differences between large values
     mean, std = xs[0].double().mean(0), xs[0].double().std(0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0.0)
-    return [((x.double() - mean) * scale).float().numpy() for x in xs]
+    # in blocks: a million rows of float64 take twice the memory of the rows themselves
+    return [torch.cat([((some.double() - mean) * scale).float() for some in x.split(65536)]).numpy() for x in xs]
 
 # %% ../nbs/21_evaluate.ipynb #67894842
 def _vote(
@@ -104,7 +105,7 @@ def nearest_rows(
     test_x, # (m, D) embeddings of other clips
     k: int = 10, # number of neighbors; all training clips if it is larger than their number
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
-    chunk: int = 1024, # number of other clips that are compared at a time
+    chunk: int | None = None, # number of other clips that are compared at a time; as many as 256 MB hold if None
 ) -> torch.Tensor:
     "Return (m, k) row numbers of the training clips nearest (cosine) to each other clip, nearest first."
     if k < 1:
@@ -113,6 +114,7 @@ def nearest_rows(
     if standardized:
         train_x, test_x = map(torch.from_numpy, standardize(train_x, test_x))
     keys, k = F.normalize(train_x, dim=1), min(k, len(train_x))
+    chunk = chunk or max(1, min(1024, 2**26 // len(keys))) # 4 bytes each
     return torch.cat([(F.normalize(x, dim=1) @ keys.T).topk(k).indices for x in test_x.split(chunk)])
 
 # %% ../nbs/21_evaluate.ipynb #21e00002
@@ -122,13 +124,13 @@ def knn_predict(
     test_x, # (m, D) embeddings of the clips to classify
     k: int = 10, # neighbors that vote; all training clips if it is larger than their number
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
-    chunk: int = 1024, # number of held-out clips that are compared at a time
+    chunk: int | None = None, # number of held-out clips that are compared at a time; as many as 256 MB hold if None
 ) -> np.ndarray:
     "Return the (m,) labels that the `k` nearest training clips (cosine) give to the held-out clips."
     train_x, train_y = _labeled(train_x, train_y, "train")
     names, codes = np.unique(train_y, return_inverse=True)
     nearest = nearest_rows(train_x, test_x, k, standardized, chunk)
-    return names[torch.cat([_vote(rows, len(names)) for rows in torch.from_numpy(codes)[nearest].split(chunk)]).numpy()]
+    return names[torch.cat([_vote(rows, len(names)) for rows in torch.from_numpy(codes)[nearest].split(1024)]).numpy()]
 
 
 def _share(

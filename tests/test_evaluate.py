@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from audiomaepp.evaluate import (
     Report,
@@ -86,6 +87,24 @@ def test_blocks_do_not_change_the_answer():
     train_x, train_y, test_x, _ = clouds()
     whole = knn_predict(train_x, train_y, test_x)
     np.testing.assert_array_equal(knn_predict(train_x, train_y, test_x, chunk=7), whole)
+
+
+def test_similarities_to_many_clips_fit_into_a_budget():
+    """A thousand clips beside a million are 4 GB of similarities: an evaluation overnight would be killed."""
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default:
+                self.numbers = max(self.numbers, out.numel())
+            return out
+
+    rng = np.random.default_rng(0)
+    train_x, test_x = (rng.standard_normal((n, 2), dtype=np.float32) for n in (200_000, 700))
+    with Largest() as largest:
+        knn_predict(train_x, np.arange(200_000) % 3, test_x, k=1)
+    assert 2**25 < largest.numbers <= 2**26
 
 
 def test_shuffled_labels_score_at_chance():
