@@ -291,7 +291,7 @@ def which_part(
 ) -> tuple[int, int] | None: # None for one process
     "Return the part of the work that this process has."
     world = os.environ.get("WORLD_SIZE", "1")
-    given = given or (f"{os.environ['RANK']}/{world}" if world != "1" else "0/1")
+    given = given or (f"{os.environ.get('RANK')}/{world}" if world != "1" else "0/1")
     found = re.fullmatch(r"(\d+)/(\d+)", given)
     if not found:
         raise ValueError(f"part must be the number of this process and of all, got {given!r}; of two processes, "
@@ -304,7 +304,7 @@ def own_gpu() -> str | None: # None: the usual device
     import torch
 
     rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank and torch.cuda.is_available() else None
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank and torch.cuda.is_available() else None
 
 # %% ../nbs/60_cli.ipynb #2905aebf
 @dataclass
@@ -353,11 +353,12 @@ class Embed(Command):
         left = table.attrs.get("left", [])
         if part:
             end = f"left: {', '.join(f'{n}/{part[1]}' for n in left)}" if left else f"all parts are in {self.out}"
-            self.say(f"part {part[0]}/{part[1]}: {new} recordings embedded, {size} numbers each; {end}")
+            late = f"; {n} recordings came later: call this again for them" if (n := table.attrs["missing"]) else ""
+            self.say(f"part {part[0]}/{part[1]}: {new} recordings embedded, {size} numbers each; {end}{late}")
         else:
             self.say(f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped; "
                      f"{self.out} holds {count} ({rows})")
-        if skipped and not left:
+        if skipped and table.attrs.get("merged", True):  # else they are listed by the process that merges
             skipped.to_csv(path)
             self.say(*skipped_lines(skipped), f"All in {path}")
         counts = {"rows": len(table), "new": new, "dimensions": size}

@@ -9,12 +9,13 @@ __all__ = ['EmbeddingGenerator']
 import copy
 import hashlib
 import json
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -28,10 +29,19 @@ from .audio import AudioError, load_audio, resample, stream_audio, windows
 from .config import Config
 from .data import Recordings, Skipped, open_recordings
 from .features import build_frontend
-from .files import InUseError, Stopped, only_writer, read_parquet, stopping, write_atomic
+from .files import InUseError, Stopped, only_writer, printable, read_parquet, stopping, write_atomic
 from .model import AudioMAEPlusPlus
 from .pooling import fit_whitening, frame_embeddings
-from .store import ADDED, EmbeddingStore, file_of_part, finished, part_of, recording_state
+from audiomaepp.store import (
+    ADDED,
+    EmbeddingStore,
+    check_notes,
+    folder_of_part,
+    folders_of_parts,
+    part_of,
+    recording_state,
+    row_states,
+)
 from .weights import cpu_state
 
 # %% ../nbs/20_embed.ipynb #15051724
@@ -432,72 +442,108 @@ def embed_table(
     return table
 
 # %% ../nbs/20_embed.ipynb #9b7e7443
+def hold(
+    held: ExitStack, # receives the lock
+    output: Path, # folder of a part, or output file
+    folder: bool = True, # whether it is a folder
+    seconds: float = math.inf, # time after which `InUseError` is raised
+):
+    "Acquire an output as its only writer; wait while another process holds it."
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            held.enter_context(only_writer(output, folder))
+            return
+        except InUseError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 def parts_left(
+    held: ExitStack, # receives the locks of the parts that are complete
     out: Path, # output file of all parts
     count: int, # number of parts
 ) -> list[int]: # from 0
-    "Return the parts that are not complete, or that a process is writing."
-    def complete(file: Path) -> bool:
+    "Return the parts that are not complete, or that a process is writing; hold the others."
+    left = []
+    for number in range(count):
+        mark = folder_of_part(out, number, count) / "skipped.json"  # written last
         try:
-            with only_writer(file.parent):
-                return file.exists()
+            if mark.exists():
+                held.enter_context(only_writer(mark.parent))
         except InUseError:
-            return False
-
-    return [number for number in range(count) if not complete(file_of_part(out, number, count))]
+            left.append(number)
+            continue
+        if not mark.exists():
+            left.append(number)
+    return left
 
 
 def merged(
     out: Path, # output file of all parts
-    count: int, # number of parts, all of them complete
+    count: int, # number of parts, all of them complete and held
     recordings: Recordings, # the recordings of all parts
     notes: dict[str, str], # texts for the metadata of the file
-) -> Skipped: # (path, reason) of what the processes left out
-    "Merge the tables of several processes, and remove them."
-    folders = [file_of_part(out, number, count).parent for number in range(count)]
+) -> tuple[Skipped, int]: # (path, reason) of what the processes left out; number of other recordings without a row
+    "Merge the tables of several processes, and remove the parts."
+    folders, names = [folder_of_part(out, number, count) for number in range(count)], set(recordings.paths)
     lists = [json.loads((folder / "skipped.json").read_text()) for folder in folders]
-    states = {p: recording_state(p, wave) for p, wave in zip(recordings.paths, recordings.waves, strict=True)}
-    EmbeddingStore(out, notes, states).finish(recordings.table)
-    return Skipped(dict.fromkeys(tuple(pair) for pairs in lists for pair in pairs))
+    skipped = Skipped(dict.fromkeys(tuple(pair) for pairs in lists for pair in pairs))
+    states = row_states(out)  # as they were when they were embedded: a file that was touched since keeps its row
+    for number, folder in enumerate(folders):
+        rows = row_states(folder / "rows.parquet")
+        if rows and not rows.keys() & names:
+            raise ValueError(f"part {number}/{count} must hold recordings of this call, got others, such as "
+                             f"{printable(min(rows))}; name the sounds by the same path in every process")
+        states |= rows
+    bad = {path for path, _ in skipped}
+    EmbeddingStore(out, notes, {p: None if p in bad else states.get(p) for p in names}).finish(recordings.table)
+    return skipped, len(names - states.keys() - bad)
 
 # %% ../nbs/20_embed.ipynb #0bc944c7
 def embed_part(
     stream: EmbeddingStream,
-    recordings: Recordings, # the recordings of all parts
+    again: Callable[[], Recordings], # function that opens the recordings of all parts
     out: str | os.PathLike, # Parquet file to create or to extend, when all parts are complete
     part: tuple[int, int], # number of this part, from 0, and of all parts
     place: str = "", # folder or repository of the model
     save_seconds: float = 60.0, # approximate seconds between two saves
-    overwrite: bool = False, # whether to embed again what is there already
+    overwrite: bool = False, # must be False
     **how, # workers and quiet, see `folder_rows`
 ): # DataFrame of this part
     "Embed one of several parts; merge all of them if no other process has work left."
-    if out is None:
-        raise ValueError("out must name a file for a part, got None; use out=\"embeddings.parquet\", the same for all")
-    out, (number, count) = Path(out), part
-    file, notes = file_of_part(out, number, count), stream.notes(place)
-    mine = recordings.select(np.array([part_of(path, count) == number for path in recordings.paths], dtype=bool))
-    with only_writer(file.parent):
+    if out is None or overwrite:
+        raise ValueError("a part needs an output that all processes share, and cannot overwrite it, got "
+                         f"out={out!r}, overwrite={overwrite}; use out=\"embeddings.parquet\" (--out), and remove an "
+                         "old one, with its folder of parts, before the processes start")
+    out, (number, count), notes = Path(out), part, stream.notes(place)
+    folder = folder_of_part(out, number, count)
+    with ExitStack() as held:
+        hold(held, out, False, seconds=10.0)  # by a process that embeds all, or merges
+        for path in [out, *folder.parent.rglob("*.parquet")]:
+            with suppress(FileNotFoundError):
+                check_notes(path, notes)
+    with ExitStack() as held:
+        hold(held, folder, seconds=10.0)
+        (folder / "skipped.json").unlink(missing_ok=True)  # the mark of a complete part
+        recordings = again()
+        mine = recordings.select(np.array([part_of(path, count) == number for path in recordings.paths], dtype=bool))
         states = {p: recording_state(p, wave) for p, wave in zip(mine.paths, mine.waves, strict=True)}
-        there = set() if overwrite else finished(out, notes, states)
-        table = embed_table(stream, mine, file, place, save_seconds, overwrite, there, **how)
-        write_atomic(file.with_name("skipped.json"), json.dumps(table.attrs["skipped"]).encode())
-    table.attrs["left"] = []
-    while file.exists() and not table.attrs["left"]:  # until this process or another one has merged it
-        with ExitStack() as held:
-            try:
-                held.enter_context(only_writer(out, folder=False))
-            except InUseError:  # by the process that merges
-                time.sleep(0.1)
-                continue
-            table.attrs["left"] = parts_left(out, count)
+        there = {path for path, state in row_states(out).items() if states.get(path) == state}
+        table = embed_table(stream, mine, folder / "rows.parquet", place, save_seconds, elsewhere=there, **how)
+        write_atomic(folder / "skipped.json", json.dumps(table.attrs["skipped"]).encode())
+    table.attrs |= {"left": [], "merged": False, "missing": 0}
+    with ExitStack() as held:
+        hold(held, out, False)
+        if folder.exists():  # else another process has merged it
+            table.attrs["left"] = parts_left(held, out, count)
             if not table.attrs["left"]:
-                if overwrite:
-                    out.unlink(missing_ok=True)
-                table.attrs["skipped"] = merged(out, count, recordings, notes)
+                skipped, missing = merged(out, count, again(), notes)
+                table.attrs |= {"skipped": skipped, "merged": True, "missing": missing}
     return table
 
-
+# %% ../nbs/20_embed.ipynb #fd125f37
 def embed_source(
     stream: EmbeddingStream,
     source: str | os.PathLike | Recordings, # anything that `open_recordings` opens
@@ -506,13 +552,18 @@ def embed_source(
     *how, # place, save_seconds and overwrite, see `embed_table`
     **options, # workers and quiet, see `folder_rows`
 ): # DataFrame
-    "Open recordings and embed them, or a part of them."
-    alone = part is None and out is not None
-    with only_writer(out, folder=False) if alone else nullcontext():
-        recordings = open_recordings(source, stream.encoder.cfg.sample_rate)
-        if part is None:
-            return embed_table(stream, recordings, out, *how, **options)
-        return embed_part(stream, recordings, out, part, *how, **options)
+    "Open recordings and embed them, or a part of them; take over what other processes have left."
+    def again() -> Recordings:
+        return open_recordings(source, stream.encoder.cfg.sample_rate)
+
+    if part is not None:
+        return embed_part(stream, again, out, part, *how, **options)
+    with ExitStack() as held:
+        if out is not None:
+            hold(held, Path(out), False, seconds=0)
+            for folder in folders_of_parts(Path(out)):
+                hold(held, folder, seconds=0)
+        return embed_table(stream, again(), out, *how, **options)
 
 # %% ../nbs/20_embed.ipynb #20e0001a
 def _generator_line(generator: "EmbeddingGenerator") -> str:

@@ -196,7 +196,7 @@ def only_writer(
         yield output
     finally:
         if lock.lock_counter <= 1:
-            if folder and set(os.listdir(home)) == {LOCK, MARKER}:  # nothing was written
+            if folder and home.exists() and set(os.listdir(home)) == {LOCK, MARKER}:  # nothing was written
                 (home / MARKER).unlink()
             path.unlink(missing_ok=True)
         lock.release()

@@ -21,7 +21,6 @@ from audiomaepp.files import (
     damaged,
     make_folder,
     naming,
-    only_writer,
     parquet_schema,
     printable,
     replacing,
@@ -227,9 +226,13 @@ def merge_parts(
     schema = pa.schema([*columns, *added], _metadata(notes))
     with replacing(out) as whole, open(whole, "wb") as file, pq.ParquetWriter(file, schema) as writer:
         for number, source in enumerate(sources):
+            seen = set()  # a source may hold a row once for each place of its path
             for batch in _batches(source):
-                pairs = [(i, row) for i, path in enumerate(_names(batch))
-                         if newest.get(path) == number for row in places[path]]
+                pairs = []
+                for i, (path, start) in enumerate(zip(_names(batch), batch["start"].to_pylist(), strict=True)):
+                    if newest.get(path) == number and (path, start) not in seen:
+                        seen.add((path, start))
+                        pairs += [(i, row) for row in places[path]]
                 found = pa.Table.from_batches([batch]).select(list(ADDED)).cast(added)
                 found = found.take([i for i, _ in pairs]) if pairs else found.slice(0, 0)
                 own = pa.Table.from_pandas(plain.iloc[[row for _, row in pairs]], columns, preserve_index=False)
@@ -277,6 +280,11 @@ def remove_unfinished(path: Path):
         if begun and not complete:
             path.unlink()
 
+
+def folders_of_parts(out: Path) -> list[Path]:
+    "Return the folders in which several processes have written their parts."
+    return sorted(out.with_name(out.name + ".parts").glob("*-of-*"))
+
 # %% ../nbs/store.ipynb #57a00018
 class EmbeddingStore:
     "A Parquet file of embeddings that grows by parts; only one process writes it."
@@ -297,10 +305,8 @@ class EmbeddingStore:
         sweep(self.parts)
         remove_unfinished(self.out.with_name(self.out.name + ".whole"))
         width = None
-        theirs = sorted(self.parts.glob("*-of-*/rows.parquet"))  # of several processes, which must have ended
-        for path in theirs:
-            with only_writer(path.parent):
-                pass
+        self.folders = folders_of_parts(self.out)  # of other processes; the caller holds them
+        theirs = [path for folder in self.folders for path in sorted(folder.rglob("*.parquet"))]
         for path in (path for path in [self.out, *sorted(self.parts.glob("*.parquet")), *theirs] if path.exists()):
             check_notes(path, {} if overwrite else notes)
             if overwrite:
@@ -338,7 +344,9 @@ class EmbeddingStore:
         "Write one file of all current rows, and remove the parts."
         merge_parts(self.sources, self.done, table, self.notes, self.out)
         for part in [source for source in self.sources if source != self.out]:
-            shutil.rmtree(part.parent, ignore_errors=True) if part.parent != self.parts else part.unlink()
+            part.unlink()
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # the user may have put files there
             self.parts.rmdir()
 
@@ -353,30 +361,27 @@ def part_of(
     return int.from_bytes(digest, "big") % count
 
 
-def file_of_part(
+def folder_of_part(
     out: Path, # output file of all parts
-    number: int, # of the part, from 0
+    number: int, # number of the part, from 0
     count: int, # number of parts
 ) -> Path:
-    "Return the file of a part; raise `ValueError` for a part that cannot be."
+    "Return the folder of a part; raise `ValueError` for an invalid part."
     if not 0 <= number < count:
         raise ValueError(f"part must be a number from 0 and a larger count, got {number}/{count}; the parts of two "
                          "processes are 0/2 and 1/2")
-    return out.with_name(out.name + ".parts") / f"{number:05d}-of-{count:05d}" / "rows.parquet"
+    return out.with_name(out.name + ".parts") / f"{number:05d}-of-{count:05d}"
 
 
-def finished(
+def row_states(
     path: Path, # a table of embeddings, if it exists
-    notes: Mapping[str, str], # texts for the metadata of the file
-    states: Mapping[str, tuple[int, int]], # path → state, of all recordings that are to be embedded
-) -> set[str]:
-    "Return the recordings whose rows a file holds; its embeddings are not read."
+) -> dict[str, tuple[int, int]]: # path → state, of the recordings that it holds
+    "Return what a file holds; its embeddings are not read."
     if not path.exists():
-        return set()
-    check_notes(path, notes)
+        return {}
     parquet_schema(path, ["path", "size", "modified"])
-    held = []
+    held = {}
     for batch in _batches(path, ["path", "path_bytes", "size", "modified"]):
-        pairs = zip(batch["size"].to_pylist(), batch["modified"].to_pylist(), strict=True)
-        held += zip(_names(batch), pairs, strict=True)
-    return {name for name, state in held if states.get(name) == state}
+        states = zip(batch["size"].to_pylist(), batch["modified"].to_pylist(), strict=True)
+        held |= dict(zip(_names(batch), states, strict=True))
+    return held

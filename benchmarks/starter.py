@@ -10,14 +10,15 @@ the distinct programs among them (default: each clip is a new one); a program th
 --pool FOLDER two takes of each program are computed once, before the training, and every training that names the folder
 reads them: on a machine with a GPU, the programs take longer than the training. The weights are kept --looks times.
 
-The second command scores these weights, also while the training runs or on another machine. Watched are, in three
-read-outs, plain and whitened: held-out programs (kNN-10 and linear probe of the source, and how often a take's nearest
-neighbor among 480 programs is another take of the same one), and of each set its first parts, at most three, each held
-out in turn; the parts that are left choose nothing. watch.csv has a line for each look.
+The second command scores these weights, also while the training runs or on another machine. It
+scores three read-outs, plain and whitened, on held-out programs (kNN-10 and linear probe of the source, and how often a
+take's nearest neighbor among 480 programs is another take of the same one) and on at most three parts of each set, each
+held out in turn; the other parts are not used. watch.csv has a line for each look.
 
 The third command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
 network and chance, and writes scores.json. The model's read-out is its preset's; its whitening is fitted to generated
-clips. The fourth writes it in half precision, with a card, as the package brings it, and says how far vectors move.
+clips. The fourth writes it in half precision, with a card, as the package brings it, and prints the cosine
+between the vectors before and after.
 
 Ablations: --without SOURCE leaves sources out, --takes 1 contrasts two augmented copies of one take instead of two
 takes, --strength moves the numbers of a program more or less from take to take, --set changes any setting.
@@ -274,7 +275,8 @@ def pack(args):
     model.half().write(target)
     model = AudioMAEPlusPlus.from_pretrained(target)
     data = (f"{facts['programs']:,} generated sound programs (audiomaepp.synthetic.generated, seed {facts['seed']}), "
-            f"two takes of each, new ones in each epoch (epochs: {cfg.epochs}); no recording. The scores are those of "
+            f"two takes of each, {'the same' if facts.get('pool') else 'new'} in each epoch (epochs: {cfg.epochs}); "
+            "no recording. The scores are those of "
             "labelled sets that nothing was trained on: each fold or speaker is held out once, and its labels are read "
             "from the other ones.")
     rows = {f"{name}: {who}": {"kNN-10": row["knn"], "linear probe": row["linear"]} for name, table in scores.items()

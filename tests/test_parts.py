@@ -16,7 +16,7 @@ from test_embed import SMALL, generator, sounds
 
 from audiomaepp.files import OutputError, only_writer
 from audiomaepp.shards import shard
-from audiomaepp.store import file_of_part
+from audiomaepp.store import folder_of_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:all recordings of")
 
@@ -114,7 +114,7 @@ def test_one_process_waits_until_others_have_ended(tmp_path):
     code = f"""
         import time
         from audiomaepp.files import only_writer
-        with only_writer({str(file_of_part(out, 0, 2).parent)!r}):
+        with only_writer({str(folder_of_part(out, 0, 2))!r}):
             print("held", flush=True)
             time.sleep(60)
         """
@@ -134,21 +134,28 @@ def test_one_process_waits_until_others_have_ended(tmp_path):
 
 
 def test_two_processes_that_end_together_merge_once(tmp_path):
-    folder, out = sounds(tmp_path / "sounds", 20), tmp_path / "x.parquet"
-    with only_writer(out, folder=False):  # both have embedded their part before one of them may merge
-        code = f"""
-            import sys
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
-            from test_parts import embed
-            print(embed({str(folder)!r}, {str(out)!r}, (int(sys.argv[1]), 2)).attrs["left"])
-            """
-        both = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(number)], stdout=subprocess.PIPE,
-                                 text=True) for number in range(2)]  # fmt: skip
-        while not all(file_of_part(out, number, 2).with_name("skipped.json").exists() for number in range(2)):
+    folder, out = sounds(tmp_path / "sounds", 60), tmp_path / "x.parquet"
+    (folder / "bad.wav").write_text("no sound")
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_parts import embed
+        table = embed({str(folder)!r}, {str(out)!r}, (int(sys.argv[1]), 2))
+        print(table.attrs["left"], table.attrs["merged"], len(table.attrs["skipped"]))
+        """
+    both = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(number)], stdout=subprocess.PIPE,
+                             text=True) for number in range(2)]  # fmt: skip
+    homes = [folder_of_part(out, number, 2) for number in range(2)]
+    while not all(home.exists() for home in homes):  # both are at work
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    with only_writer(out, folder=False):  # neither may merge before both have embedded their part
+        while not all((home / "skipped.json").exists() for home in homes):
             assert all(process.poll() is None for process in both)
             time.sleep(0.05)
-    said = [process.communicate(timeout=60)[0].strip() for process in both]
-    assert "[]" in said and all(process.returncode == 0 for process in both)
+    said = sorted(process.communicate(timeout=60)[0].strip() for process in both)
+    assert all(process.returncode == 0 for process in both)
+    assert sorted("True 1" in text for text in said) == [False, True]  # one merges, and lists what both have skipped
     check_same(out, folder, tmp_path)
     assert not Path(f"{out}.parts").exists()
 
@@ -165,7 +172,7 @@ def test_a_killed_part_goes_on(tmp_path):
         embed({str(folder)!r}, {str(out)!r}, (0, 2), save_seconds=0.0)
         """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    parts = Path(f"{file_of_part(out, 0, 2)}.parts")
+    parts = folder_of_part(out, 0, 2) / "rows.parquet.parts"
     while not list(parts.glob("*.parquet")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -184,10 +191,86 @@ def test_another_model_is_refused_before_the_work(tmp_path):
     other = generator(depth=SMALL["depth"] + 1)
     with pytest.raises(ValueError, match="must hold embeddings with model"):
         other.embed_folder(folder, out, quiet=True, part=(0, 2))
-    for number in range(2):
-        other.embed_folder(folder, out, quiet=True, part=(number, 2), overwrite=True)
-    other.embed_folder(folder, tmp_path / "other.parquet", quiet=True)
-    np.testing.assert_allclose(rows_of(out)[1], rows_of(tmp_path / "other.parquet")[1], atol=1e-6)
+    with pytest.raises(ValueError, match="cannot overwrite it.*remove an old one"):
+        other.embed_folder(folder, out, quiet=True, part=(0, 2), overwrite=True)
+    out.unlink()
+    embed(folder, out, (0, 2))
+    with pytest.raises(ValueError, match="must hold embeddings with model"):  # of the other process
+        other.embed_folder(folder, out, quiet=True, part=(1, 2))
+
+
+def test_what_was_touched_since_keeps_its_row(tmp_path):
+    """A tagger that runs in the same night would make the process that merges throw away what others have done."""
+    folder, out = sounds(tmp_path / "sounds", 12), tmp_path / "x.parquet"
+    embed(folder, out, (0, 2))
+    for path in folder.rglob("*.wav"):
+        os.utime(path, (1, 1))
+    table = embed(folder, out, (1, 2))
+    assert table.attrs["merged"] and table.attrs["missing"] == 0 and len(pd.read_parquet(out)) == 12
+
+
+def test_a_part_that_was_started_again_is_not_complete(tmp_path, monkeypatch):
+    """Its table of the first time has no row of what came later."""
+    folder, out = sounds(tmp_path / "sounds", 12), tmp_path / "x.parquet"
+    embed(folder, out, (0, 2))
+    for i in range(12):
+        soundfile.write(folder / f"late{i}.wav", np.full(4000, 0.02 * i), 8000)
+    with monkeypatch.context() as patch:
+        patch.setattr(generator().encoder, "embed", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # as if it were killed
+            embed(folder, out, (0, 2))
+    assert embed(folder, out, (1, 2)).attrs["left"] == [0] and not out.exists()
+    embed(folder, out, (0, 2))
+    check_same(out, folder, tmp_path)
+
+
+def test_recordings_that_come_later_are_counted(tmp_path, monkeypatch):
+    folder, out = sounds(tmp_path / "sounds", 4), tmp_path / "x.parquet"
+    embed(folder, out, (0, 2))
+    for i in range(30):
+        soundfile.write(folder / f"late{i}.wav", np.full(4000, 0.02 * i), 8000)
+    table = embed(folder, out, (1, 2))
+    assert 0 < table.attrs["missing"] < 30 and len(pd.read_parquet(out)) == 34 - table.attrs["missing"]
+    assert sum(embed(folder, out, (number, 2)).attrs["new"] for number in range(2)) == table.attrs["missing"]
+    check_same(out, folder, tmp_path)
+
+
+def test_sounds_at_another_path_are_told(tmp_path):
+    """On a machine that mounts the disk elsewhere, a recording has another path, and another part."""
+    folder, out = sounds(tmp_path / "sounds", 12), tmp_path / "x.parquet"
+    embed(folder, out, (0, 2))
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="part 0/2 must hold recordings of this call.*by the same path"):
+        embed(tmp_path / "elsewhere", out, (1, 2))
+    assert not out.exists() and len(pd.read_parquet(folder_of_part(out, 0, 2) / "rows.parquet"))
+
+
+def test_what_a_killed_part_has_done_is_taken_over(tmp_path, monkeypatch):
+    folder, out, generate = sounds(tmp_path / "sounds", 40), tmp_path / "x.parquet", generator()
+    inner, calls = generate.encoder.embed, []  # eight batches are embedded before their rows come
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.encoder, "embed", lambda *args: inner(*args) if not calls.append(1) and len(calls) < 12
+                      else 1 / 0)  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            embed(folder, out, (0, 1))
+    again = embed(folder, out)
+    assert 0 < again.attrs["new"] < 40 and not Path(f"{out}.parts").exists()
+    check_same(out, folder, tmp_path)
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_a_path_that_comes_twice_has_two_rows(tmp_path, parts):
+    """Each time the table was written again, rows of a recording with two labels were multiplied."""
+    folder, out = sounds(tmp_path / "sounds", 3), tmp_path / "x.parquet"
+    paths = sorted(map(str, folder.rglob("*.wav")))
+    pd.DataFrame(dict(path=paths + paths[:2], label=list("abcde"))).to_csv(tmp_path / "sounds.csv", index=False)
+    for labels in ("abcde", "abcdef"):
+        for number in range(parts or 1):
+            embed(tmp_path / "sounds.csv", out, parts and (number, parts))
+        assert sorted(pd.read_parquet(out)["label"]) == list(labels)
+        soundfile.write(folder / "late.wav", np.full(4000, 0.5), 8000)
+        with open(tmp_path / "sounds.csv", "a") as file:
+            file.write(f"{folder / 'late.wav'},f\n")
 
 
 @pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 0)])
@@ -197,7 +280,7 @@ def test_a_part_that_cannot_be_is_refused(tmp_path, part):
 
 
 def test_a_part_needs_an_output(tmp_path):
-    with pytest.raises(ValueError, match="out must name a file"):
+    with pytest.raises(ValueError, match="a part needs an output"):
         embed(sounds(tmp_path / "sounds", 1), None, (0, 2))
 
 
