@@ -1,0 +1,68 @@
+"""The benchmarks that take hours must not fail in the last of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import scale
+import starter
+
+from audiomaepp.config import Config
+from audiomaepp.synthetic import generated
+
+
+def test_growth_is_measured_in_processes_of_their_own(tmp_path):
+    done = subprocess.run([sys.executable, scale.__file__, "--recordings", "20", "60", "--only", "open", "embed",
+                           "search, first", "--out", tmp_path], text=True, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "scale.json").read_text())
+    assert report["kind"] == "shards" and [row[:2] for row in report["rows"]] == [
+        [name, n] for n in (20, 60) for name in ("open", "embed", "search, first")]  # fmt: skip
+    assert all(seconds > 0 for _, _, seconds, _ in report["rows"])
+    assert done.stdout.count("embed") == 2 and "60" in done.stdout
+
+
+def test_growth_is_the_ratio_to_the_smaller_set():
+    said = scale.table([("open", 10, 2.0, 50.0), ("open", 100, 5.0, 60.0)])
+    assert "2.5" in said and "1.2" in said
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    cfg = Config.preset("semantic_unlabelled", batch_size=8)
+    sounds = generated(24, 3, cfg.clip_seconds, cfg.sample_rate)
+    return cfg, sounds, tmp_path_factory.mktemp("pool")
+
+
+def test_a_pool_holds_two_takes_of_each_program(pool):
+    cfg, sounds, folder = pool
+    takes = starter.pool_of(sounds, cfg, folder, processes=2)
+    assert takes.shape == (24, 2, *cfg.img_size) and np.isfinite(takes).all()
+    assert (takes[:, 0] != takes[:, 1]).any((1, 2)).all()
+    np.testing.assert_array_equal(takes[5], starter.takes_of(sounds, cfg, [5])[0])
+    assert len(starter.pool_of(sounds.select(range(9)), cfg, folder, 1)) == 9  # a training on fewer programs
+    with pytest.raises(ValueError, match="choose another --pool"):
+        starter.pool_of(generated(24, 4, cfg.clip_seconds, cfg.sample_rate), cfg, folder, 1)
+
+
+def test_an_epoch_of_a_pool_has_each_program_once_in_a_new_order(pool):
+    """A resumed training must see the batches that the interrupted one would have seen."""
+    cfg, sounds, folder = pool
+    takes = starter.pool_of(sounds, cfg, folder, processes=2)
+    loader, orders = starter.PoolLoader(takes, cfg, two=True), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        orders.append([batch["index"].tolist() for batch in batches])
+        loader.set_epoch(epoch, start=2)
+        (last,) = loader
+        assert last["index"].tolist() == orders[-1][2]
+    assert all(sorted(sum(order, [])) == list(range(24)) for order in orders) and orders[0] != orders[1]
+    np.testing.assert_array_equal(last["logmel"], takes[last["index"], 0])
+    np.testing.assert_array_equal(last["view2"]["logmel"], takes[last["index"], 1])
