@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -412,7 +412,7 @@ def embed_table(
     place: str = "", # folder or repository of the model
     save_seconds: float = 60.0, # approximate seconds between two saves to `out`
     overwrite: bool = False, # whether to embed again what `out` holds already
-    elsewhere: Collection[str] = (), # recordings to skip, because another table holds them
+    elsewhere: Mapping[str, tuple[int, int]] = {}, # path → state of what another table holds; it is skipped
     **how, # workers and quiet, see `folder_rows`
 ): # DataFrame
     "Embed a table of recordings; skip those that `out` already holds."
@@ -433,7 +433,8 @@ def embed_table(
     else:
         store = EmbeddingStore(out, stream.notes(place), states, save_seconds, overwrite)
         with stopping() as stop, closing(store):
-            for found in rows({*store.done, *elsewhere}, stop):
+            done = store.done.keys() | {path for path, state in elsewhere.items() if states.get(path) == state}
+            for found in rows(done, stop):
                 store.add(found)
                 new += 1
         store.finish(recordings.table)
@@ -529,8 +530,7 @@ def embed_part(
         (folder / "skipped.json").unlink(missing_ok=True)  # the mark of a complete part
         recordings = again()
         mine = recordings.select(np.array([part_of(path, count) == number for path in recordings.paths], dtype=bool))
-        states = {p: recording_state(p, wave) for p, wave in zip(mine.paths, mine.waves, strict=True)}
-        there = {path for path, state in row_states(out).items() if states.get(path) == state}
+        there = row_states(out)
         table = embed_table(stream, mine, folder / "rows.parquet", place, save_seconds, elsewhere=there, **how)
         write_atomic(folder / "skipped.json", json.dumps(table.attrs["skipped"]).encode())
     table.attrs |= {"left": [], "merged": False, "missing": 0}
@@ -560,9 +560,9 @@ def embed_source(
         return embed_part(stream, again, out, part, *how, **options)
     with ExitStack() as held:
         if out is not None:
-            hold(held, Path(out), False, seconds=0)
+            held.enter_context(only_writer(out, folder=False))
             for folder in folders_of_parts(Path(out)):
-                hold(held, folder, seconds=0)
+                held.enter_context(only_writer(folder))
         return embed_table(stream, again(), out, *how, **options)
 
 # %% ../nbs/20_embed.ipynb #20e0001a

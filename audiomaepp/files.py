@@ -170,7 +170,7 @@ def _lock(output: Path, path: Path): # filelock.FileLock
         lock.acquire()
     except Timeout:
         raise InUseError(f"{output} is being written by {_holder(path)}; wait until it ends or choose another "
-                          "output") from None
+                         "output") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
             raise _cannot_write(path, error) from error

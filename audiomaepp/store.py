@@ -17,16 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from audiomaepp.files import (
-    damaged,
-    make_folder,
-    naming,
-    parquet_schema,
-    printable,
-    replacing,
-    sweep,
-    write_atomic,
-)
+from .files import damaged, make_folder, naming, parquet_schema, printable, replacing, sweep, write_atomic
 from .pieces import file_state, piece_of
 from .tables import _with_paths, paths_of
 

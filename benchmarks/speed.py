@@ -202,7 +202,8 @@ def bars_of(row):
     for pattern, figure, part, bar in BARS_GPU if row["device"] == "cuda" else BARS:
         if re.search(pattern, row["name"]) and (value := figures[figure].get(part)) is not None:
             least = figure in ("share", "ratio", "compiled")
-            what = f"{figure} {part}".replace("ratio", "vs").replace("stages", "").replace("ours", "").strip()
+            what = f"{figure} {part}".replace("ratio", "vs").replace("compiled rel", "compiled vs rel")
+            what = what.replace("stages", "").replace("ours, ", "").replace("ours", "").strip()
             text = f"{what} {value:.2f} ({'≥' if least else '≤'} {bar:g})"
             rows.append((text, value >= bar if least else value <= bar))
     return rows

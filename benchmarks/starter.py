@@ -10,15 +10,15 @@ the distinct programs among them (default: each clip is a new one); a program th
 --pool FOLDER two takes of each program are computed once, before the training, and every training that names the folder
 reads them: on a machine with a GPU, the programs take longer than the training. The weights are kept --looks times.
 
-The second command scores these weights, also while the training runs or on another machine. It
-scores three read-outs, plain and whitened, on held-out programs (kNN-10 and linear probe of the source, and how often a
-take's nearest neighbor among 480 programs is another take of the same one) and on at most three parts of each set, each
-held out in turn; the other parts are not used. watch.csv has a line for each look.
+The second command scores these weights, also while the training runs or on another machine: three read-outs, plain and
+whitened, on held-out programs (kNN-10 and linear probe of the source, and how often a take's nearest neighbor among 480
+programs is another take of the same one) and on at most three parts of each set, each held out in turn; the other parts
+are not used. watch.csv has a line for each look.
 
 The third command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
 network and chance, and writes scores.json. The model's read-out is its preset's; its whitening is fitted to generated
-clips. The fourth writes it in half precision, with a card, as the package brings it, and prints the cosine
-between the vectors before and after.
+clips. The fourth writes it in half precision, with a card, as the package brings it, and prints the cosine between the
+vectors before and after.
 
 Ablations: --without SOURCE leaves sources out, --takes 1 contrasts two augmented copies of one take instead of two
 takes, --strength moves the numbers of a program more or less from take to take, --set changes any setting.

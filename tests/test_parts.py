@@ -44,7 +44,7 @@ def test_parts_give_what_one_process_gives(tmp_path, order):
     for name in ("bad.wav", "worse.wav"):
         (folder / name).write_text("no sound")
     left = [embed(folder, out, (number, 3)).attrs["left"] for number in order]
-    assert [len(some) for some in left] == [2, 1, 0] and not left[1] == [order[0]]
+    assert left == [sorted(order[1:]), [order[2]], []]
     check_same(out, folder, tmp_path)
     assert os.listdir(out.parent) == ["x.parquet"]
 
@@ -224,7 +224,7 @@ def test_a_part_that_was_started_again_is_not_complete(tmp_path, monkeypatch):
     check_same(out, folder, tmp_path)
 
 
-def test_recordings_that_come_later_are_counted(tmp_path, monkeypatch):
+def test_recordings_that_come_later_are_counted(tmp_path):
     folder, out = sounds(tmp_path / "sounds", 4), tmp_path / "x.parquet"
     embed(folder, out, (0, 2))
     for i in range(30):
@@ -291,5 +291,5 @@ def test_torchrun_embeds_in_parts(tmp_path):
                str(tmp_path / "model"), "--data", str(folder), "--out", str(out)]  # fmt: skip
     done = subprocess.run([sys.executable, *command], text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"all parts are in {out}" in done.stdout and "left: " not in done.stdout.split("all parts")[1]
+    assert f"all parts are in {out}" in done.stdout
     check_same(out, folder, tmp_path)

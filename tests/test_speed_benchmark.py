@@ -103,6 +103,13 @@ def test_the_table_says_which_bars_are_missed(run):
     assert "MISSED share 0.50 (≥ 0.85)" in speed.table([row])
 
 
+def test_on_a_gpu_the_compiled_step_is_compared():
+    row = dict(name="train base bf16", device="cuda", share={"ours": 0.2, "ours, compiled": 0.5},
+               median={"ours": 1.0, "ours, compiled": 0.5, "released": 1.2},
+               ratio={"ours, compiled": 0.5, "released": 1.2})  # fmt: skip
+    assert speed.bars_of(row) == [("share compiled 0.50 (≥ 0.45)", True), ("compiled vs released 2.40 (≥ 3)", False)]
+
+
 def test_the_chart_is_a_picture_of_every_ratio(run):
     chart = (run[1] / "speed.svg").read_text()
     assert chart.lstrip().startswith("<?xml") and "time / ours" in chart and "train tiny bf16: plain reference" in chart
