@@ -116,6 +116,11 @@ def _to_resume(out: str | os.PathLike) -> list[str]:
     return [f"audiomaepp train --resume --out {shlex.quote(str(out))} continues from the last checkpoint."]
 
 
+def _started_again() -> bool:
+    "Return whether torchrun or SLURM has started this command before, and a process or a machine has failed."
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 @dataclass
 class Train(Command):
     "Train a model on a folder of sounds: audiomaepp train sounds."
@@ -128,6 +133,8 @@ class Train(Command):
     given: ClassVar[frozenset[str]] = frozenset() # names of the flags on the command line
 
     def run(self) -> dict:
+        if _started_again():
+            self.resume = self.resume or bool(_to_resume(self.out))
         if not self.out and (self.resume or "WORLD_SIZE" in os.environ):
             raise ValueError("out must name a folder with --resume or on several processes, got none; use --out runs/a")
         if not self.resume:

@@ -130,17 +130,13 @@ class Parts(NamedTuple):
 def _checked_before(
     recordings: "Recordings",
 ) -> bool:
-    """Return whether recordings are from a manifest of shards and too many to be kept in memory.
+    """Return whether recordings are from a manifest of shards.
 
     Their headers were read when the shards were written, so a training on them starts at once; a clip that cannot be
     decoded is replaced and listed when it is needed.
     """
-    import audiomaepp.data
-
-    if shard_numbers(recordings.paths) is None or "seconds" not in recordings.table:
-        return False
-    samples = recordings.table["seconds"].sum(skipna=False) * recordings.sample_rate  # NaN if one is not known
-    return bool(4 * samples > audiomaepp.data.KEEP)
+    known = shard_numbers(recordings.paths) is not None and "seconds" in recordings.table
+    return known and bool(recordings.table["seconds"].notna().all())
 
 
 def open_source(

@@ -186,11 +186,11 @@ class PoolLoader:
 
 
 def config_of(args) -> Config:
-    """The preset for unlabelled sounds, at one of the sizes, for so many clips."""
+    """The preset at one of the sizes, for so many clips."""
     passes = args.clips / args.programs
     changes = dict(map(parsed, args.set))
     usual = dict(epochs=max(1, round(passes)), warmup_epochs=0.06 * passes, eval_every=0, num_workers=args.workers)
-    cfg = Config.preset("semantic_unlabelled", **SIZES[args.size] | usual | changes)
+    cfg = Config.preset(args.preset, **SIZES[args.size] | usual | changes)
     steps = args.clips // cfg.batch_size * cfg.echo
     if passes >= args.looks:  # a look at the end of an epoch, else in between
         return cfg.replace(eval_every=round(passes / args.looks))
@@ -293,6 +293,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder of the model, its checkpoints and its scores")
     parser.add_argument("--clips", type=int, default=1_000_000, help="clips to train on")
     parser.add_argument("--programs", type=int, help="distinct programs; default: as many as clips")
+    parser.add_argument("--preset", default="semantic_unlabelled", help="settings to start from")
     parser.add_argument("--size", choices=SIZES, default="preset")
     parser.add_argument("--pool", help="folder for two takes of each program, computed once for several trainings")
     parser.add_argument("--looks", type=int, default=12, help="how often the weights are kept")

@@ -6,6 +6,7 @@ This file is a test and, under torchrun, the program that it tests.
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import audiomaepp
 from audiomaepp.config import Config
 from audiomaepp.files import MARKER
 from audiomaepp.model import AudioMAEPlusPlus, split_by_noise
-from audiomaepp.train import Trainer, _share, read_progress
+from audiomaepp.train import History, Trainer, _share, read_progress
 from audiomaepp.weights import cpu_state
 
 STEPS, HALF = 6, 4  # optimizer steps; clips in a process's batch
@@ -133,17 +134,20 @@ def as_one_of_two(out):
     assert group() is None  # so its threads have ended; one that outlives Python aborts the process
 
 
-def torchrun(program, *args):
+def torchrun(program, *args, restarts=0):
+    done = run_two(program, *args, restarts=restarts)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def run_two(program, *args, restarts=0):
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1",
         "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]),
     }  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, program, *map(str, args)], env=env, capture_output=True, text=True, check=False, timeout=180
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    command = [*launch, "--max_restarts", str(restarts), program, *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=180)
 
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
@@ -266,14 +270,41 @@ def test_a_bad_batch_in_one_process_is_skipped_by_both(two):
     assert read_progress(two[1] / "spoilt" / "checkpoint.safetensors")["step"] == 2
 
 
-def test_the_command_under_two_processes(tmp_path):
-    "The real pipeline: files' worth of sounds, balanced batches, held-out scores, one run folder, one voice."
+FLAGS = """--synthetic-clips 4 --epochs 2 --warmup-epochs 0 --batch-size 8 --embed-dim 32 --depth 1 --num-heads 2
+    --decoder-embed-dim 32 --decoder-num-heads 2 --precision fp32 --eval-every 1""".split()
+COMMAND = """
+import os, signal, sys
+from audiomaepp import train
+from audiomaepp.cli import main
+
+step = train._Engine.step
+
+
+def deadly(engine, batches, number, *rest):
+    if number == int(sys.argv[1]) and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        print(f"killed at step {number}", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(engine, batches, number, *rest)
+
+
+if __name__ == "__main__":
+    train._Engine.step = deadly
+    main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    "A program that trains, and whose second process is killed at a step the first time."
     entry = tmp_path / "command.py"
-    entry.write_text("import sys\nfrom audiomaepp.cli import main\nif __name__ == '__main__':\n    main()\n")
-    flags = """--synthetic-clips 4 --epochs 2 --warmup-epochs 0 --batch-size 8 --embed-dim 32 --depth 1 --num-heads 2
-        --decoder-embed-dim 32 --decoder-num-heads 2 --precision fp32 --eval-every 1""".split()
+    entry.write_text(COMMAND)
+    return str(entry)
+
+
+def test_the_command_under_two_processes(tmp_path, command):
+    "The real pipeline: files' worth of sounds, balanced batches, held-out scores, one run folder, one voice."
     run = tmp_path / "run"
-    said = torchrun(str(entry), "train", "--out", run, *flags)
+    said = torchrun(command, -1, "train", "--out", run, *FLAGS)
     for name in ("config.json", "model.safetensors", "checkpoint.safetensors", "history.csv", "data.json"):
         assert (run / name).stat().st_size > 0, name
     assert [p.name for p in run.glob(".*")] == [MARKER], "a temporary file was left behind"
@@ -282,6 +313,24 @@ def test_the_command_under_two_processes(tmp_path):
     from audiomaepp.run import evaluate_run
 
     assert "chance" in str(evaluate_run(run, quiet=True).report)
+
+
+def test_a_killed_process_ends_both_by_name(tmp_path, command):
+    done = run_two(command, 3, "train", "--out", tmp_path / "run", *FLAGS)
+    assert done.returncode == 1
+    reason = done.stderr[done.stderr.index("Root Cause") :]
+    assert re.search(r"rank +: 1 ", reason) and "Signal 9 (SIGKILL)" in reason, done.stderr[-3000:]
+
+
+def test_a_run_whose_process_was_killed_is_started_again_and_ends_as_if_it_had_not_been(tmp_path, command):
+    """`torchrun --max-restarts` starts the same command again; it goes on from its last checkpoint, bit for bit."""
+    for name, at in (("whole", -1), ("killed", 3)):
+        said = torchrun(command, at, "train", "--out", tmp_path / name, *FLAGS, restarts=1)
+        assert said.count("The run is in") == 1 and ("killed at step 3" in said) == (name == "killed")
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
+    rows = [History.from_csv(tmp_path / name / "history.csv") for name in ("whole", "killed")]
+    assert rows[0]["loss"] == rows[1]["loss"] and len(rows[0]) == 2
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def test_nothing_is_read_when_shards_are_opened(tmp_path, monkeypatch):
     assert [os.path.basename(path) for path in opened] in ([], ["manifest.parquet"])
 
 
-def test_a_large_set_is_not_decoded_before_the_training(folder, tmp_path, monkeypatch):
+def test_shards_are_not_decoded_before_the_training(folder, tmp_path, monkeypatch):
     """The first step starts at once; a recording that cannot be decoded is replaced and listed when it is needed."""
     table = shard(folder, tmp_path / "out", clips=10, quiet=True)
     row = 13
@@ -311,7 +311,6 @@ def test_a_large_set_is_not_decoded_before_the_training(folder, tmp_path, monkey
     with open(piece.tar, "r+b") as file:
         file.seek(piece.first)
         file.write(b"x" * piece.size)
-    monkeypatch.setattr(data, "KEEP", 1000)
     asked, hashed = [], []
     monkeypatch.setattr(source, "digest_of", hashed.append)
     monkeypatch.setattr(data, "drop_unreadable", lambda *args, **how: asked.append(args))
