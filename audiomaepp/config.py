@@ -375,6 +375,7 @@ class _Training(_Group):
     warmup_epochs: float = 10.0 # epochs of linear warm-up
     fused_optimizer: bool = False # update all weights in one pass over memory: faster; the sums are rounded differently
     recompute: bool = False # compute each block again in the backward pass: less memory, a third more time
+    shard_model: bool = False # each of several processes keeps only a part of weights, gradients and averages (FSDP)
     compile: bool = False # compile the blocks with torch.compile: faster steps after a start of a minute or more
     grad_clip: float = 1.0 # largest gradient norm; 0 switches clipping off
     max_bad_steps: int = 10 # number of consecutive non-finite steps (NaN or infinity) after which training stops

@@ -300,7 +300,7 @@ def finetune(
         history = trainer.fit(ClipLoader(known, cfg, pairs=False), **scored)
         if out is not None and validation is not None:
             return Classifier.from_pretrained(out, trainer.device), history
-    return trainer.accelerator.unwrap_model(trainer.model).eval(), history
+    return trainer.state.model.eval(), history
 
 # %% ../nbs/41_finetune.ipynb #f17e0002
 @dataclass

@@ -510,7 +510,7 @@ def train_one(
     trainer = Trainer.resume(folder, **options) if begun else Trainer(cfg, out_dir=folder, **options)
     progress.start(trainer.history)
     history = trainer.fit(ClipLoader(parts[0], cfg, pairs=pairs), progress.evaluate, best_by=None)
-    return trainer.accelerator.unwrap_model(trainer.model), history
+    return trainer.state.model, history
 
 # %% ../nbs/42_lab.ipynb #0302f920
 @dataclass(eq=False)

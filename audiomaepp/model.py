@@ -366,6 +366,11 @@ class Decoder(nn.Module):
 
 
 # %% ../nbs/02_model.ipynb #02c0c003
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    "Return the transformer blocks in a model."
+    return [module for module in model.modules() if isinstance(module, tuple(_BLOCKS.values()))]
+
+
 def prepare_blocks(
     model: nn.Module, # model to train, with an encoder or a decoder in it
     cfg: Config, # `recompute` and `compile`
@@ -374,8 +379,8 @@ def prepare_blocks(
     for module in model.modules():
         if isinstance(module, Encoder | Decoder):
             module.recompute = cfg.recompute
-        if cfg.compile and isinstance(module, tuple(_BLOCKS.values())):
-            module.compile()
+    for block in blocks_of(model) if cfg.compile else ():
+        block.compile()
 
 # %% ../nbs/02_model.ipynb #02d00002
 def part_of_hidden(

@@ -494,11 +494,11 @@ def _layer(dice: _Dice, source: str, n: int, rate: int) -> np.ndarray: # (n,) fl
     count = max(n // 10, int(share * (n - first)))
     event = SOURCES[source](dice.part(0), count, rate) * _envelope(dice.part(1), count, rate)
     event = _effects(dice.part(2), np.float32(event), rate).astype(np.float32)
+    gain, ramp = np.ones(count, np.float32), np.linspace(0, 1, min(count // 2, rate // 100), dtype=np.float32)
+    gain[: len(ramp)], gain[count - len(ramp) :] = ramp, ramp[::-1]
+    event *= gain
     if np.abs(event).max() < 1e-6: # nothing is left of it
-        event = dice.noise(count)
-    ramp = np.linspace(0, 1, min(count // 2, rate // 100), dtype=np.float32)
-    event[: len(ramp)] *= ramp
-    event[count - len(ramp) :] *= ramp[::-1]
+        event = gain * dice.noise(count)
     wave = np.zeros(n, np.float32)
     wave[first : first + count] = event / np.sqrt(np.mean(event**2))
     return wave

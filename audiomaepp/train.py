@@ -8,6 +8,7 @@ __all__ = ['History', 'Checkpoints', 'Trainer']
 # %% ../nbs/04_train.ipynb #7fa308a8
 import base64
 import contextlib
+import copy
 import csv
 import errno
 import io
@@ -35,7 +36,7 @@ from tqdm.auto import tqdm
 from .config import Config
 from .files import OutputError, Stopped, make_folder, naming, only_writer, read_header, stopping, write_atomic
 from .losses import rankme, uniformity_loss
-from .model import AudioMAEPlusPlus, prepare_blocks
+from .model import AudioMAEPlusPlus, blocks_of, prepare_blocks
 from .tables import cell_text, html_table, text_table
 from audiomaepp.weights import (
     check_shapes,
@@ -205,6 +206,55 @@ def _first_model(cfg: Config) -> AudioMAEPlusPlus:
 
     return first_model(cfg)
 
+# %% ../nbs/04_train.ipynb #84d74842
+def _adamw(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    "Return the optimizer of a model."
+    groups = getattr(model, "param_groups", partial(param_groups, model))(cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=cfg.fused_optimizer or None)
+
+
+def _whole(value: Tensor) -> Tensor:
+    "Return a tensor, or all of a tensor that is divided between the processes; all of them must call it."
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+class _Shards:
+    "A model of which each process holds a part, its optimizer, and whole copies for evaluations and checkpoints."
+
+    def __init__(self, model: nn.Module, cfg: Config, processes: _Processes):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self.is_main, self.whole, self.model = processes.is_main, copy.deepcopy(model), model.to(processes.device)
+        self.whole.to(processes.device)
+        prepare_blocks(model, cfg)
+        mesh = init_device_mesh(processes.device.type, (processes.count,))
+        for module in (*blocks_of(model), model):
+            fully_shard(module, mesh=mesh)
+        self.optimizer, self.whole_optimizer = _adamw(model, cfg), _adamw(self.whole, cfg)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that its outputs may not be changed in place
+
+    @torch.no_grad()
+    def collect(self):
+        "Copy all weights to the whole model and, in the main process, all averages to its optimizer."
+        for part, whole in zip(self.model.parameters(), self.whole.parameters(), strict=True):
+            whole.copy_(_whole(part))
+            averages = {key: _whole(value) for key, value in self.optimizer.state[part].items()}
+            if self.is_main:
+                self.whole_optimizer.state[whole] = {key: value.cpu() for key, value in averages.items()}
+
+    @torch.no_grad()
+    def distribute(self):
+        "Take all weights and averages from the whole model and its optimizer."
+        from torch.distributed.tensor import distribute_tensor
+
+        for part, whole in zip(self.model.parameters(), self.whole.parameters(), strict=True):
+            place = part.device_mesh, part.placements
+            part.copy_(distribute_tensor(whole.data, *place))
+            averages = self.whole_optimizer.state.pop(whole, {})
+            self.optimizer.state[part] = {key: distribute_tensor(value, *place) if value.dim() else value
+                                          for key, value in averages.items()}
+
 # %% ../nbs/04_train.ipynb #a100001b
 class _Engine:
     "A model and its optimizer on their device, in each of several processes."
@@ -219,11 +269,15 @@ class _Engine:
         self.cfg, self.processes = cfg, _Processes()
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         torch.manual_seed(cfg.seed)
-        model = (model or _first_model(cfg)).train()
-        prepare_blocks(model, cfg)
-        groups = getattr(model, "param_groups", partial(param_groups, model))(cfg.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=cfg.fused_optimizer or None)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        model, self.shards = (model or _first_model(cfg)).train(), None
+        if cfg.shard_model and self.processes.count > 1:
+            self.shards = _Shards(model, cfg, self.processes)
+            self.model, self.optimizer = self.shards.model, self.shards.optimizer
+            self.whole = self.shards.whole, self.shards.whole_optimizer
+        else:
+            prepare_blocks(model, cfg)
+            self.model, self.optimizer = self.accelerator.prepare(model, _adamw(model, cfg))
+            self.whole = self.accelerator.unwrap_model(self.model), self.optimizer
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(self.device))
 
     def step(
@@ -235,7 +289,7 @@ class _Engine:
     ) -> _Update:
         "Update the weights once; do not change them if the loss or the gradients are not finite."
         self.processes.seed(self.cfg.seed, step)
-        for group in self.optimizer.param_groups:
+        for group in (*self.optimizer.param_groups, *self.whole[1].param_groups):
             group["lr"] = lr * group.get("lr_scale", 1.0)
         losses, clips = [], 0
         for i, batch in enumerate(batches):
@@ -250,12 +304,22 @@ class _Engine:
                 self.accelerator.backward(out.loss / len(batches))
             losses.append({name: value.detach() for name, value in {"loss": out.loss, **out.losses}.items()})
             clips += len(spec)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        norm = _whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf))
         finite = torch.stack([value.isfinite() for value in (norm, *(parts["loss"] for parts in losses))]).all()
         if finite := not self.processes.highest(not finite)[0]:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return _Update(losses, clips, out.embeddings.detach(), norm, finite)
+
+    def collect(self):
+        "Bring the whole copies of a sharded model and its optimizer up to date; all processes must call it."
+        if self.shards is not None:
+            self.shards.collect()
+
+    def distribute(self):
+        "Take weights and averages from the whole copies, after a checkpoint was loaded into them."
+        if self.shards is not None:
+            self.shards.distribute()
 
 # %% ../nbs/04_train.ipynb #9e3796b4
 def _value(text: str) -> int | float | str:
@@ -383,6 +447,7 @@ class _State:
     step: int = 0 # number of steps done
     best: float | None = None # score of the weights that are kept
     bad_steps: list[dict] = field(default_factory=list) # skipped steps: number and clips
+    collect: Callable[[], None] = lambda: None # brings model and optimizer up to date, if they are copies
     saved_step: int | None = None # step of the last save
 
     def header(self) -> dict:
@@ -703,6 +768,7 @@ def _evaluate(
 ) -> dict:
     "Return the scores of the model, and keep its weights if they are the best so far."
     scores = {}
+    state.collect()
     if evaluate is not None:
         with torch.random.fork_rng(), torch.no_grad():
             scores = dict(evaluate(state.model.eval()))
@@ -761,11 +827,15 @@ class _Saver:
     def snapshot(self):
         "Keep the weights of the encoder after epochs 1, 2, 4, 8, …, if the config asks for it."
         state = self.state
-        if self.writes and state.cfg.snapshots and not state.batch and state.epoch.bit_count() == 1:
+        if not state.cfg.snapshots or state.batch or state.epoch.bit_count() != 1:
+            return
+        state.collect()
+        if self.writes:
             self.checkpoints.with_room(partial(write_snapshot, state.model, self.folder, state.epoch))
 
     def save(self):
         "Write the checkpoint, the history and the list of skipped clips."
+        self.state.collect()
         if self.writes:
             self.checkpoints.save(self.state.model, self.state.optimizer, self.state.header())
             self.state.history.to_csv(self.folder / "history.csv")
@@ -955,8 +1025,7 @@ class Trainer:
         self.model, self.optimizer, self.processes = engine.model, engine.optimizer, engine.processes
         self.accelerator, self.device = engine.accelerator, engine.device
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        self.state = _State(cfg, unwrapped, self.optimizer, world=self.processes.count)
+        self.state = _State(cfg, *engine.whole, world=self.processes.count, collect=engine.collect)
         self.log = _Log(self.state, callback, quiet or not self.processes.is_main)
         self.saver = _Saver(self.state, out_dir, self.processes, save_minutes)
 
@@ -973,6 +1042,7 @@ class Trainer:
         options.setdefault("model", AudioMAEPlusPlus(cfg))  # its weights come from the checkpoint, not from `init`
         self = cls(cfg.replace(epochs=options.pop("epochs", cfg.epochs)), out_dir=out_dir, **options)
         self.saver.restore(header)
+        self.engine.distribute()
         return self
 
     def fit(

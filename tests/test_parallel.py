@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same parameters on both, the losses over the clips of both.
+"""Several processes train as one does: the same parameters on all, the losses over the clips of all.
 
 This file is a test and, under torchrun, the program that it tests.
 """
@@ -38,11 +38,11 @@ def config(batch_size, **changes):
     return Config.preset("nano", **{**small, **changes}, batch_size=batch_size)
 
 
-def batches(size, labels=True):
-    "Two steps' worth of clips in batches of `size`; classes have a clip in either half."
+def batches(size, labels=True, clips=4 * HALF):
+    "Clips in batches of `size`, two steps' worth of them; classes have a clip in either half."
     generator = torch.Generator().manual_seed(5)
-    spec = torch.randn(4 * HALF, 1, 48, 80, generator=generator)
-    label = torch.tensor([0, 1, 2, 3] * 4)
+    spec = torch.randn(clips, 1, 48, 80, generator=generator)
+    label = torch.arange(clips) % 4
     parts = [dict(spec=s, label=n) for s, n in zip(spec.split(size), label.split(size), strict=True)]
     return parts if labels else [{"spec": part["spec"]} for part in parts]
 
@@ -65,7 +65,7 @@ def train(cfg, data, model=AudioMAEPlusPlus, **options):
         losses.append({name: value.item() for name, value in {"loss": out.loss, **out.losses}.items()})
         masks.append(out.mask)
 
-    trainer.accelerator.unwrap_model(trainer.model).register_forward_hook(note)
+    getattr(trainer.model, "module", trainer.model).register_forward_hook(note)
     trainer.fit(data)
     return trainer, losses, torch.stack(masks)
 
@@ -82,6 +82,18 @@ def stop_after(steps):
     return callback
 
 
+def begin(folder, cfg, data, model=MaskedByContent):
+    "A run that stops in the middle."
+    try:
+        train(cfg, data, model, out_dir=folder, save_minutes=0, callback=stop_after(4))
+    except Stop:
+        pass
+
+
+def save_weights(trainer, path):
+    save_file(cpu_state(trainer.state.model), f"{path}_{os.environ['RANK']}.safetensors")
+
+
 def as_one_of_two(out):
     "What each process does under torchrun: train in several ways and write down what came out."
     import_module("torch.distributed.nn")  # DDP would, after the group, and the group could never end
@@ -89,24 +101,17 @@ def as_one_of_two(out):
     found = {}
 
     def keep(name, trainer, losses, masks):
-        save_file(cpu_state(trainer.accelerator.unwrap_model(trainer.model)), out / f"{name}_{rank}.safetensors")
+        save_weights(trainer, out / name)
         found[name] = dict(losses=losses, masks=masks.flatten(1).tolist())
 
     keep("given masks", *train(cfg, batches(HALF), MaskedByContent))
-    keep("labels", *train(cfg, batches(HALF), out_dir=out / "whole", save_minutes=0))
+    keep("labels", *train(cfg, batches(HALF), out_dir=out / "with labels", save_minutes=0))
     keep("views", *train(cfg, batches(HALF, labels=False)))
     keep("off", *train(cfg.replace(use_contrastive_loss=False, use_uniformity_loss=False), batches(HALF)))
 
-    (out / "stopped").mkdir(exist_ok=True)
-    try:
-        how = dict(out_dir=out / "stopped by content", save_minutes=0, callback=stop_after(4))
-        train(cfg, batches(HALF), MaskedByContent, **how)
-    except Stop:
-        pass
-    try:
-        train(cfg, batches(HALF), out_dir=out / "stopped", save_minutes=0, callback=stop_after(4))
-    except Stop:
-        pass
+    begin(out / "stopped by content", cfg, batches(HALF))
+    begin(out / "stopped", cfg, batches(HALF), AudioMAEPlusPlus)
+    begin(out / "whole", config(6), batches(6, clips=24))
     dist.barrier()
     resumed = Trainer.resume(out / "stopped", quiet=True, save_minutes=1e9)
     found["resumed at"] = resumed.state.step
@@ -115,9 +120,8 @@ def as_one_of_two(out):
 
     model = MaskedByContent(config(2 * HALF))
     resumed = Trainer.resume(out / "of one", model=model, quiet=True)  # one process began it, on whole batches
-    unwrapped = resumed.accelerator.unwrap_model(resumed.model)
     found["rates of one"] = resumed.fit(batches(2 * HALF))["lr"]
-    save_file(cpu_state(unwrapped), out / f"resumed of one_{rank}.safetensors")
+    save_weights(resumed, out / "resumed of one")
 
     spoilt = batches(HALF)
     spoilt[1]["spec"][0] = float("nan")  # the second process's first batch
@@ -134,18 +138,46 @@ def as_one_of_two(out):
     assert group() is None  # so its threads have ended; one that outlives Python aborts the process
 
 
-def torchrun(program, *args, restarts=0):
-    done = run_two(program, *args, restarts=restarts)
+def as_one_with_a_part(out):
+    "What each process does whose model is in parts; and the beginning of runs that three processes end."
+    cfg = config(HALF, shard_model=True)
+    trainer, losses, _ = train(cfg, batches(HALF), MaskedByContent, out_dir=out / "in parts", save_minutes=0)
+    save_weights(trainer, out / "in parts")
+    here = sum(p.to_local().numel() for p in trainer.model.parameters())
+    (out / f"parts_{os.environ['RANK']}.json").write_text(json.dumps(dict(losses=losses, here=here)))
+    begin(out / "stopped parts", cfg, batches(HALF))
+    begin(out / "parts", cfg.replace(batch_size=6), batches(6, clips=24))
+    dist.barrier()
+    resumed = Trainer.resume(out / "stopped parts", model=MaskedByContent(cfg), quiet=True, save_minutes=1e9)
+    resumed.fit(batches(HALF))
+    save_weights(resumed, out / "resumed in parts")
+    dist.destroy_process_group()
+
+
+def as_one_of_three(out):
+    "What each of three processes does: continue runs that two have begun."
+    import_module("torch.distributed.nn")
+    for name in ("whole", "parts"):
+        resumed = Trainer.resume(out / name, model=MaskedByContent(config(6)), quiet=True)
+        resumed.fit(batches(6, clips=24))
+        save_weights(resumed, out / name)
+    del resumed
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def torchrun(program, *args, processes=2, restarts=0):
+    done = run_several(program, *args, processes=processes, restarts=restarts)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
 
 
-def run_two(program, *args, restarts=0):
+def run_several(program, *args, processes=2, restarts=0):
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1",
         "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]),
     }  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launch, "--max_restarts", str(restarts), program, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=180)
 
@@ -153,25 +185,27 @@ def run_two(program, *args, restarts=0):
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
 
-def begun_by_one(folder):
-    "A run on whole batches, stopped in the middle."
-    how = dict(out_dir=folder, save_minutes=0, callback=stop_after(4))
-    try:
-        train(config(2 * HALF), batches(2 * HALF), MaskedByContent, **how)
-    except Stop:
-        pass
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "What both processes found: (losses and masks by name, folder)."
     out = tmp_path_factory.mktemp("two")
-    begun_by_one(out / "of one")
-    torchrun(__file__, out)
+    begin(out / "of one", config(2 * HALF), batches(2 * HALF))
+    for work in ("as_one_of_two", "as_one_with_a_part"):
+        torchrun(__file__, work, out)
     return [json.loads((out / f"found_{rank}.json").read_text()) for rank in (0, 1)], out
 
 
-NAMES = ["given masks", "labels", "views", "off", "resumed"]
+@pytest.fixture(scope="module")
+def three(two, tmp_path_factory):
+    "Folder of two runs that two processes began and three ended."
+    out = tmp_path_factory.mktemp("three")
+    for name in ("whole", "parts"):
+        shutil.copytree(two[1] / name, out / name)
+    torchrun(__file__, "as_one_of_three", out, processes=3)
+    return out
+
+
+NAMES = ["given masks", "labels", "views", "off", "resumed", "in parts", "resumed in parts"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,6 +289,39 @@ def test_a_run_of_two_goes_on_with_one(two, tmp_path):
     assert (moved(resumed.model.state_dict()) - whole).norm() < 0.01 * whole.norm()
 
 
+def test_a_model_in_parts_learns_what_a_whole_one_learns(two):
+    """Each process holds half of the weights; the losses, the weights at the end and the files are the same."""
+    weights = sum(p.numel() for p in MaskedByContent(config(HALF)).parameters())
+    parts = [json.loads((two[1] / f"parts_{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, part in zip(two[0], parts, strict=True):
+        assert 0.4 * weights < part["here"] < 0.6 * weights
+        for one, other in zip(rank["given masks"]["losses"], part["losses"], strict=True):
+            assert other == pytest.approx(one, rel=1e-5)
+    one, other, resumed = (
+        load_file(two[1] / f"{name}_0.safetensors") for name in ("given masks", "in parts", "resumed in parts")
+    )
+    assert (moved(one) - moved(other)).norm() < 1e-3 * moved(one).norm()
+    assert all(torch.equal(other[name], resumed[name]) for name in other)
+    written = AudioMAEPlusPlus.from_pretrained(two[1] / "in parts").state_dict()
+    assert all(torch.equal(other[name], written[name]) for name in other)
+
+
+@pytest.mark.parametrize("name", ["whole", "parts"])
+def test_a_run_of_two_goes_on_with_three_and_with_one(two, three, name, tmp_path):
+    "Whole or in parts, with the same steps and clips in a step."
+    trainer, *_ = train(config(12), batches(12, clips=24), MaskedByContent)
+    whole = moved(trainer.model.state_dict())
+    first, *others = (load_file(three / f"{name}_{rank}.safetensors") for rank in range(3))
+    assert all(torch.equal(first[key], other[key]) for key in first for other in others)
+    assert (moved(first) - whole).norm() < 0.02 * whole.norm()
+    progress = read_progress(three / name / "checkpoint.safetensors")
+    assert (progress["step"], progress["epoch"], progress["world"]) == (STEPS, 3, 2)
+    shutil.copytree(two[1] / name, tmp_path / name)
+    alone = Trainer.resume(tmp_path / name, model=MaskedByContent(config(6)), quiet=True)
+    alone.fit(batches(6, clips=24))
+    assert (moved(alone.model.state_dict()) - whole).norm() < 0.02 * whole.norm()
+
+
 def test_processes_that_cannot_share_a_step_are_refused():
     step = batches(HALF)[:2]
     with pytest.raises(ValueError, match="8 clips .2 processes when it began., which 3 processes cannot .* 1, 2, 4"):
@@ -316,7 +383,7 @@ def test_the_command_under_two_processes(tmp_path, command):
 
 
 def test_a_killed_process_ends_both_by_name(tmp_path, command):
-    done = run_two(command, 3, "train", "--out", tmp_path / "run", *FLAGS)
+    done = run_several(command, 3, "train", "--out", tmp_path / "run", *FLAGS)
     assert done.returncode == 1
     reason = done.stderr[done.stderr.index("Root Cause") :]
     assert re.search(r"rank +: 1 ", reason) and "Signal 9 (SIGKILL)" in reason, done.stderr[-3000:]
@@ -334,4 +401,4 @@ def test_a_run_whose_process_was_killed_is_started_again_and_ends_as_if_it_had_n
 
 
 if __name__ == "__main__":
-    as_one_of_two(Path(sys.argv[1]))
+    globals()[sys.argv[1]](Path(sys.argv[2]))

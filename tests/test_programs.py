@@ -33,6 +33,12 @@ def test_no_clip_is_silent_clipped_or_of_another_length(seed, seconds, rate):
             assert wave.pow(2).mean().sqrt() > 1e-4, (i, take)
 
 
+def test_a_layer_whose_sound_is_only_at_its_end_is_not_lost():
+    """This voice begins with its layer's last sample, which the ramp at the end silences."""
+    wave = generated(6000, 0, 0.64, 8000, sources=["voice"]).wav(3589, take=1)
+    assert wave.isfinite().all() and wave.abs().max() > 0.03
+
+
 @pytest.mark.parametrize("source", list(SOURCES))
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_every_source_alone_sounds_at_any_strength(source, strength):
