@@ -521,12 +521,20 @@ def _over_noise(dice: _Dice, wave: np.ndarray, rate: int) -> np.ndarray: # (n,) 
     return wave + 10 ** (-dice.other(8, 45) / 20) * (wave.std() / ground.std()).item() * ground
 
 
+def _layers(dice: _Dice, source: str, sources: list[str]) -> list[tuple[str, float]]:
+    "Return source and gain of each layer of a program: first `source`, then up to two of `sources`."
+    layers = [(source, 1.0)]
+    for _ in range(dice.choose((0, 0, 0, 1, 1, 2))):
+        gain = 10 ** (-dice.number(0, 15) / 20)
+        layers.append((dice.choose(sources), gain))
+    return layers
+
+
 def _performed(dice: _Dice, source: str, sources: list[str], n: int, rate: int) -> np.ndarray: # (n,) float32
     "Return one take of a sound program whose first layer is `source`; the others are any of `sources`."
-    wave = _layer(dice.part(0), source, n, rate)
-    for i in range(dice.choose((0, 0, 0, 1, 1, 2))):
-        level = 10 ** (-dice.number(0, 15) / 20)
-        wave += level * _layer(dice.part(1 + i), dice.choose(sources), n, rate)
+    first, *more = (gain * _layer(dice.part(i), name, n, rate)
+                    for i, (name, gain) in enumerate(_layers(dice, source, sources)))
+    wave = sum(more, first)
     wave = _in_room(dice.part(3), wave, rate) if dice.happens(0.5) else wave
     wave = _over_noise(dice.part(4), wave, rate) if dice.happens(0.8) else wave
     return (10 ** (dice.other(-30, -1) / 20) / np.abs(wave).max()).item() * wave
@@ -583,6 +591,14 @@ class Programs(Recordings):
         if not wave.isfinite().all(): # no program is known that does this
             raise AudioError(self.paths[i], "its program gives samples that are not finite")
         return wave
+
+    def layers(
+        self,
+        i: int, # row of the clip
+    ) -> list[str]: # one to three
+        "Return the sources of a program's layers."
+        sources, number = self.score.sources, int(self.numbers[i])
+        return [name for name, _ in _layers(_Dice(self.score.seed, number), sources[number % len(sources)], sources)]
 
     def crop(self, i: int, size: int, place: float = 0.0, take: int = 0) -> torch.Tensor: # (≤ size,) float32
         "Return at most `size` samples of a take."

@@ -20,8 +20,9 @@ network and chance, and writes scores.json. The model's read-out is its preset's
 clips. The fourth writes it in half precision, with a card, as the package brings it, and prints the cosine between the
 vectors before and after.
 
-Ablations: --without SOURCE leaves sources out, --takes 1 contrasts two augmented copies of one take instead of two
-takes, --strength moves the numbers of a program more or less from take to take, --set changes any setting.
+Ablations: --without SOURCE leaves sources out (of a pool: all programs with a layer of one), --takes 1 contrasts two
+augmented copies of one take instead of two takes, --strength moves the numbers of a program more or less from take to
+take, --set changes any setting.
 """
 
 import argparse
@@ -161,20 +162,20 @@ def pool_of(sounds, cfg, folder: Path, processes: int):
 
 
 class PoolLoader:
-    """Batches of a pool, in a new order in every epoch."""
+    """Batches of some programs of a pool, in a new order in every epoch."""
 
-    def __init__(self, takes, cfg: Config, two: bool):
-        self.takes, self.cfg, self.two, self.epoch, self.start = takes, cfg, two, 0, 0
+    def __init__(self, takes, rows, cfg: Config, two: bool):
+        self.takes, self.rows, self.cfg, self.two, self.epoch, self.start = takes, rows, cfg, two, 0, 0
 
     def __len__(self):
-        return len(self.takes) // self.cfg.batch_size
+        return len(self.rows) // self.cfg.batch_size
 
     def set_epoch(self, epoch, start=0, rank=0, world_size=1):
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
         size = self.cfg.batch_size
-        order = np.random.default_rng([self.cfg.seed, self.epoch]).permutation(len(self.takes))
+        order = np.random.default_rng([self.cfg.seed, self.epoch]).permutation(self.rows)
         for i in range(self.start, len(self)):
             rows = np.sort(order[i * size : (i + 1) * size])
             first, second = torch.from_numpy(self.takes[rows]).unbind(1)
@@ -185,9 +186,9 @@ class PoolLoader:
 # ---- training
 
 
-def config_of(args) -> Config:
-    """The preset at one of the sizes, for so many clips."""
-    passes = args.clips / args.programs
+def config_of(args, programs: int) -> Config:
+    """The preset at one of the sizes, for so many clips of distinct programs."""
+    passes = args.clips / programs
     changes = dict(map(parsed, args.set))
     usual = dict(epochs=max(1, round(passes)), warmup_epochs=0.06 * passes, eval_every=0, num_workers=args.workers)
     cfg = Config.preset(args.preset, **SIZES[args.size] | usual | changes)
@@ -199,11 +200,15 @@ def config_of(args) -> Config:
 
 def train(args):
     """Train, or continue; write the model, and its weights at each look."""
-    cfg, out = config_of(args), Path(args.out)
+    cfg, out = config_of(args, args.programs), Path(args.out)
     sources = [name for name in SOURCES if name not in args.without]
-    sounds = generated(args.programs, args.seed, cfg.clip_seconds, cfg.sample_rate, args.strength, sources)
+    given = None if args.pool else sources
+    sounds = generated(args.programs, args.seed, cfg.clip_seconds, cfg.sample_rate, args.strength, given)
     sounds.has_takes = args.takes == 2
-    pool = pool_of(sounds, cfg, Path(args.pool), args.workers) if args.pool else None
+    if args.pool:
+        pool = pool_of(sounds, cfg, Path(args.pool), args.workers)
+        rows = [i for i in range(len(sounds)) if not set(sounds.layers(i)) & set(args.without)]
+        cfg = config_of(args, len(rows))
     transform, began = Augment(cfg, build_frontend(cfg)), time.perf_counter()
     if (out / "checkpoint.safetensors").exists():
         trainer = Trainer.resume(out, transform=transform)
@@ -217,7 +222,7 @@ def train(args):
         model.write(out / "looks" / f"{trainer.state.step:07d}")
         return {}
 
-    batches = ClipLoader(sounds, cfg) if pool is None else PoolLoader(pool, cfg, two=args.takes == 2)
+    batches = PoolLoader(pool, rows, cfg, two=args.takes == 2) if args.pool else ClipLoader(sounds, cfg)
     trainer.fit(batches, keep, best_by=None)
     print(f"{args.clips} clips, {sum(p.numel() for p in trainer.model.parameters()):,} weights, "
           f"{time.perf_counter() - began:.0f} s in this process")

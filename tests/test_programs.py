@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler, normalize
 
+from audiomaepp import synthetic
 from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.evaluate import logmel_statistics
@@ -31,6 +32,17 @@ def test_no_clip_is_silent_clipped_or_of_another_length(seed, seconds, rate):
             assert wave.isfinite().all(), (i, take)
             assert 0.03 < wave.abs().max() < 0.9, (i, take)
             assert wave.pow(2).mean().sqrt() > 1e-4, (i, take)
+
+
+def test_layers_are_those_that_sound(monkeypatch):
+    """An ablation leaves programs out by their layers."""
+    heard, layer = [], synthetic._layer
+    monkeypatch.setattr(synthetic, "_layer", lambda dice, name, *rest: heard.append(name) or layer(dice, name, *rest))
+    programs = generated(48, 3, seconds=0.5)
+    for i in range(48):
+        heard.clear()
+        programs.wav(i)
+        assert programs.layers(i) == heard and heard[0] == programs.table["label"][i]
 
 
 def test_a_layer_whose_sound_is_only_at_its_end_is_not_lost():

@@ -55,7 +55,7 @@ def test_an_epoch_of_a_pool_has_each_program_once_in_a_new_order(pool):
     """A resumed training must see the batches that the interrupted one would have seen."""
     cfg, sounds, folder = pool
     takes = starter.pool_of(sounds, cfg, folder, processes=2)
-    loader, orders = starter.PoolLoader(takes, cfg, two=True), []
+    loader, orders = starter.PoolLoader(takes, range(24), cfg, two=True), []
     for epoch in range(2):
         loader.set_epoch(epoch)
         batches = list(loader)
@@ -64,5 +64,8 @@ def test_an_epoch_of_a_pool_has_each_program_once_in_a_new_order(pool):
         (last,) = loader
         assert last["index"].tolist() == orders[-1][2]
     assert all(sorted(sum(order, [])) == list(range(24)) for order in orders) and orders[0] != orders[1]
+    some = [2, 3, 5, 7, 11, 13, 17, 19]
+    (batch,) = starter.PoolLoader(takes, some, cfg, two=True)
+    assert sorted(batch["index"].tolist()) == some
     np.testing.assert_array_equal(last["logmel"], takes[last["index"], 0])
     np.testing.assert_array_equal(last["view2"]["logmel"], takes[last["index"], 1])
