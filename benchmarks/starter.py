@@ -16,9 +16,9 @@ programs is another take of the same one) and on at most three parts of each set
 are not used. watch.csv has a line for each look.
 
 The third command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
-network and chance, and writes scores.json. The model's read-out is its preset's; its whitening is fitted to generated
-clips. The fourth writes it in half precision, with a card, as the package brings it, and prints the cosine between the
-vectors before and after.
+network and chance, and writes scores.json, in which the model has the name of its folder. The model's read-out is its
+preset's; its whitening is fitted to generated clips. The fourth writes it in half precision, with a card, as the
+package brings it, and prints the cosine between the vectors before and after.
 
 Ablations: --without SOURCE leaves sources out (of a pool: all programs with a layer of one), --takes 1 contrasts two
 augmented copies of one take instead of two takes, --strength moves the numbers of a program more or less from take to
@@ -36,20 +36,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from quality import baselines, column_of, mean_and_spread, opened, parts_of
+from quality import baselines, column_of, mean_and_spread, opened
 from trial import READ_OUTS, parsed
 
 from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
-from audiomaepp.data import Recordings, drop_unreadable, split
-from audiomaepp.embed import EmbeddingGenerator, whiten_model
+from audiomaepp.data import Recordings, drop_unreadable
+from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.evaluate import evaluate_embeddings
 from audiomaepp.features import build_frontend, log_clip, log_recording
 from audiomaepp.files import write_atomic
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.pooling import fit_whitening
 from audiomaepp.synthetic import SOURCES, generated
-from audiomaepp.train import Trainer
-from audiomaepp.validation import UNTRAINED, untrained_vectors, whitened
+from audiomaepp.train import Trainer, untrained
+from audiomaepp.validation import LOGMEL, UNTRAINED, whitened
 
 SIZES = {  # of the encoder
     "small": dict(embed_dim=96), "preset": {}, "deep": dict(depth=3), "wide": dict(embed_dim=160),
@@ -236,10 +237,20 @@ def finished(out: Path):
     model, facts = AudioMAEPlusPlus.from_pretrained(out), json.loads((out / "starter.json").read_text())
     if model.whitening is None:
         cfg = model.cfg
-        clips = 5000, facts["seed"] + 1, cfg.clip_seconds, cfg.sample_rate, facts["strength"], facts["sources"]
-        model = whiten_model(model, generated(*clips))
+        how = facts["seed"] + 1, cfg.clip_seconds, cfg.sample_rate, facts["strength"], facts["sources"]
+        x, _, _ = EmbeddingGenerator(model).embed_recordings(generated(3000, *how), quiet=True)
+        model.whitening = fit_whitening(x, size=256)  # as good as 512 on held-out programs and ESC-10, and smaller
         model.write(out)
     return model
+
+
+def sounds_of(source: str, sample_rate: int):
+    """The recordings of a set, of the synthetic one its two parts, and the name of each one's fold or speaker."""
+    found = opened(source, sample_rate)
+    if source == "synthetic":
+        return found, np.repeat(["seed", "new seed"], [len(part) for part in found])
+    recordings = drop_unreadable(found, quiet=True)
+    return (recordings,), recordings.table[column_of(recordings)].astype(str).to_numpy()
 
 
 def score(args):
@@ -248,26 +259,34 @@ def score(args):
     model = finished(out)
     report = json.loads((out / "scores.json").read_text()) if (out / "scores.json").exists() else {}
     for source in args.score:
-        recordings = opened(source, model.cfg.sample_rate)
-        recordings = recordings if source == "synthetic" else drop_unreadable(recordings, quiet=True)
-        rows = {"starter": [], UNTRAINED: []}
-        for part in parts_of(recordings):
-            whole = source == "synthetic"
-            train, test = recordings if whole else split(recordings, **{column_of(recordings): part})[:2]
-            x, y = (EmbeddingGenerator(model).embed_recordings(some)[0] for some in (train, test))
-            rows["starter"].append(evaluate_embeddings(x, train.labels, y, test.labels))
-            x, y = untrained_vectors(model.cfg, train, test, quiet=True)
-            rows[UNTRAINED].append(evaluate_embeddings(x, train.labels, y, test.labels))
-        rows |= baselines(source)
-        table = {name: mean_and_spread({0: parts}) for name, parts in rows.items()}
+        recordings, names = sounds_of(source, model.cfg.sample_rate)
+        y, table = np.concatenate([some.labels for some in recordings]), report.get(Path(source).stem, {})
+        for name, each in ((out.name, model), (UNTRAINED, untrained(model.cfg))):
+            embed, rows = EmbeddingGenerator(each).embed_recordings, []
+            x = np.concatenate([embed(some)[0] for some in recordings])
+            for part in ["new seed"] if source == "synthetic" else np.unique(names):
+                held = names == part
+                train, test = whitened(x[~held], x[held]) if each is not model else (x[~held], x[held])
+                rows.append(evaluate_embeddings(train, y[~held], test, y[held]))
+            table[name] = mean_and_spread({0: rows})
+        if LOGMEL not in table:
+            table |= {name: mean_and_spread({0: rows}) for name, rows in baselines(source).items()}
         report[Path(source).stem] = table
-        print(f"\n{Path(source).stem}: {table['starter']['n_test']} held-out clips, nothing trained on them")
+        print(f"\n{Path(source).stem}: {table[out.name]['n_test']} held-out clips, nothing trained on them")
         for name, row in table.items():
             print(f"{name:32}{row['knn']:8.3f}{row['linear']:8.3f}")
         write_atomic(out / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
 
 
 # ---- in the box
+
+
+def clips_of(out: Path) -> str:
+    """What a model was trained on, in words; what it started from comes first."""
+    cfg, facts = AudioMAEPlusPlus.from_pretrained(out).cfg, json.loads((out / "starter.json").read_text())
+    before = f"{clips_of(Path(cfg.init))}, then " if cfg.init else ""
+    return (f"{before}{facts['clips']:,} clips of {facts['programs']:,} programs at a contrastive temperature of "
+            f"{cfg.contrastive_temperature:g}")
 
 
 def pack(args):
@@ -277,15 +296,14 @@ def pack(args):
     cfg, scores = model.cfg, json.loads((out / "scores.json").read_text())
     some = in_memory(generated(100, args.seed + 2, cfg.clip_seconds, cfg.sample_rate), 0)
     before = EmbeddingGenerator(model).embed_recordings(some)[0]
+    model.cfg = cfg.replace(init="")  # a path of this machine
     model.half().write(target)
     model = AudioMAEPlusPlus.from_pretrained(target)
-    data = (f"{facts['programs']:,} generated sound programs (audiomaepp.synthetic.generated, seed {facts['seed']}), "
-            f"two takes of each, {'the same' if facts.get('pool') else 'new'} in each epoch (epochs: {cfg.epochs}); "
-            "no recording. The scores are those of "
-            "labelled sets that nothing was trained on: each fold or speaker is held out once, and its labels are read "
-            "from the other ones.")
+    data = (f"Generated sound programs (audiomaepp.synthetic.generated, seed {facts['seed']}), two takes of each, and "
+            f"no recording: {clips_of(out)}. The scores are those of labelled sets that nothing was trained on: each "
+            "fold or speaker is held out once, and its labels are read from the other ones.")
     rows = {f"{name}: {who}": {"kNN-10": row["knn"], "linear probe": row["linear"]} for name, table in scores.items()
-            for who, row in table.items() if who in ("starter", UNTRAINED, "log-mel statistics", "chance")}
+            for who, row in table.items() if who in (out.name, UNTRAINED, LOGMEL, "chance")}
     model.generate_model_card(data=data, scores=rows).save(target / "README.md")
     after = EmbeddingGenerator(model).embed_recordings(some)[0]
     near = torch.nn.functional.cosine_similarity(torch.from_numpy(before), torch.from_numpy(after))
