@@ -116,9 +116,9 @@ def _to_resume(out: str | os.PathLike) -> list[str]:
     return [f"audiomaepp train --resume --out {shlex.quote(str(out))} continues from the last checkpoint."]
 
 
-def _started_again() -> bool:
-    "Return whether torchrun or SLURM has started this command before, and a process or a machine has failed."
-    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def _may_be_second_start() -> bool:
+    "Return whether torchrun may start this command again after a failure, or SLURM has done so: alike on all machines."
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
 
 
 @dataclass
@@ -133,8 +133,10 @@ class Train(Command):
     given: ClassVar[frozenset[str]] = frozenset() # names of the flags on the command line
 
     def run(self) -> dict:
-        if _started_again():
-            self.resume = self.resume or bool(_to_resume(self.out))
+        if _may_be_second_start():
+            from audiomaepp.run import on_main
+
+            self.resume = self.resume or on_main(lambda: bool(_to_resume(self.out)))
         if not self.out and (self.resume or "WORLD_SIZE" in os.environ):
             raise ValueError("out must name a folder with --resume or on several processes, got none; use --out runs/a")
         if not self.resume:
@@ -160,13 +162,15 @@ class Train(Command):
 # %% ../nbs/60_cli.ipynb #7f91514e
 def as_begun(train: Train) -> tuple[Source, Config]:
     "Return a run's own data and settings; raise `ValueError` if a flag other than epochs differs from them."
+    from audiomaepp.run import with_weights
     from audiomaepp.source import load_source
     from audiomaepp.train import Checkpoints
 
     cfg = Config.from_dict(Checkpoints(train.out).read()["config"])
-    source, preset = load_source(Path(train.out)), Config.preset(train.preset)
+    source, settings = load_source(Path(train.out)), with_weights(train.config, train.given)
+    preset = with_weights(Config.preset(train.preset).replace(init=train.config.init))
     asked = dataclasses.replace(train.data, data=train.data.place)
-    for flags, usual, run in ((asked, Source(), source), (train.config, preset, cfg)):
+    for flags, usual, run in ((asked, Source(), source), (settings, preset, cfg)):
         for name in (f.name for f in dataclasses.fields(flags) if f.name != "epochs"):
             value, there = getattr(flags, name), getattr(run, name)
             if value == there:
@@ -174,7 +178,7 @@ def as_begun(train: Train) -> tuple[Source, Config]:
             if {name, f"no_{name}"} & train.given or value != getattr(usual, name):
                 raise ValueError(f"{name}={value!r} differs from the run in {train.out}, which has {there!r}; "
                                  "leave it out to continue that run, or choose another --out")
-            if flags is train.config and "preset" in train.given:
+            if flags is settings and "preset" in train.given:
                 raise ValueError(f"preset={train.preset!r} means {name}={value!r}, and the run in {train.out} has "
                                  f"{there!r}; leave --preset out to continue that run, or choose another --out")
     epochs = train.config.epochs if "epochs" in train.given or train.config.epochs != preset.epochs else cfg.epochs

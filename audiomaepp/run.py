@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Config
 from audiomaepp.files import (
@@ -70,31 +70,32 @@ def is_main() -> bool:
 
 
 def on_main(
-    work: Callable[[], None], # function without arguments
-):
-    "Call a function on the main process; raise its error in all processes."
-    failed = [None]
+    work: Callable[[], Any], # function without arguments
+) -> Any: # in all processes
+    "Call a function on the main process and return its result; raise its error in all processes."
+    found = [None, None]  # result, error
     if is_main():
         try:
-            work()
+            found[0] = work()
         except (OSError, ValueError) as error:
-            failed = [error]
+            found[1] = error
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import torch
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
         PartialState(cpu=not torch.accelerator.is_available())
-        broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 @contextmanager
 def _held(out: Path) -> Iterator[Path]:
     "Lock the folder of a run on the main process."
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(only_writer(out)))
+        on_main(lambda: bool(stack.enter_context(only_writer(out))))
         yield out
 
 # %% ../nbs/40_run.ipynb #035ec8a9

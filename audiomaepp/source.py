@@ -132,8 +132,8 @@ def _checked_before(
 ) -> bool:
     """Return whether recordings are from a manifest of shards.
 
-    Their headers were read when the shards were written, so a training on them starts at once; a clip that cannot be
-    decoded is replaced and listed when it is needed.
+    Each was decoded when the shards were written, so a training on them starts at once; one that was damaged since is
+    replaced and listed when it is needed.
     """
     known = shard_numbers(recordings.paths) is not None and "seconds" in recordings.table
     return known and bool(recordings.table["seconds"].notna().all())

@@ -225,23 +225,30 @@ class _Shards:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        self.is_main, self.whole, self.model = processes.is_main, copy.deepcopy(model), model.to(processes.device)
-        self.whole.to(processes.device)
+        self.is_main, self.model = processes.is_main, model.to(processes.device)
+        for value in (*model.parameters(), *model.buffers()):
+            dist.broadcast(value.data, 0)  # as DDP does: all begin with the same weights
+        self.whole = copy.deepcopy(model)
         prepare_blocks(model, cfg)
         mesh = init_device_mesh(processes.device.type, (processes.count,))
         for module in (*blocks_of(model), model):
             fully_shard(module, mesh=mesh)
         self.optimizer, self.whole_optimizer = _adamw(model, cfg), _adamw(self.whole, cfg)
+        self.whole_optimizer.averages_on_cpu = True
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that its outputs may not be changed in place
 
     @torch.no_grad()
-    def collect(self):
-        "Copy all weights to the whole model and, in the main process, all averages to its optimizer."
+    def collect(self, averages: bool):
+        "Copy all weights to the whole model and perhaps, in the main process, all averages to its optimizer."
+        for buffer, whole in zip(self.model.buffers(), self.whole.buffers(), strict=True):
+            dist.broadcast(buffer, 0)
+            whole.copy_(buffer)
         for part, whole in zip(self.model.parameters(), self.whole.parameters(), strict=True):
             whole.copy_(_whole(part))
-            averages = {key: _whole(value) for key, value in self.optimizer.state[part].items()}
-            if self.is_main:
-                self.whole_optimizer.state[whole] = {key: value.cpu() for key, value in averages.items()}
+            for key, value in self.optimizer.state[part].items() if averages else ():
+                value = _whole(value).cpu() if self.is_main else _whole(value)
+                if self.is_main:
+                    self.whole_optimizer.state[whole][key] = value
 
     @torch.no_grad()
     def distribute(self):
@@ -252,8 +259,11 @@ class _Shards:
             place = part.device_mesh, part.placements
             part.copy_(distribute_tensor(whole.data, *place))
             averages = self.whole_optimizer.state.pop(whole, {})
-            self.optimizer.state[part] = {key: distribute_tensor(value, *place) if value.dim() else value
+            steps_on = part.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[part] = {key: distribute_tensor(value, *place) if value.dim() else value.to(steps_on)
                                           for key, value in averages.items()}
+        for buffer, whole in zip(self.model.buffers(), self.whole.buffers(), strict=True):
+            buffer.copy_(whole)
 
 # %% ../nbs/04_train.ipynb #a100001b
 class _Engine:
@@ -311,10 +321,10 @@ class _Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return _Update(losses, clips, out.embeddings.detach(), norm, finite)
 
-    def collect(self):
-        "Bring the whole copies of a sharded model and its optimizer up to date; all processes must call it."
+    def collect(self, averages: bool = False):
+        "Bring the whole copy of a sharded model up to date, and perhaps its optimizer's; all processes must call it."
         if self.shards is not None:
-            self.shards.collect()
+            self.shards.collect(averages)
 
     def distribute(self):
         "Take weights and averages from the whole copies, after a checkpoint was loaded into them."
@@ -447,7 +457,7 @@ class _State:
     step: int = 0 # number of steps done
     best: float | None = None # score of the weights that are kept
     bad_steps: list[dict] = field(default_factory=list) # skipped steps: number and clips
-    collect: Callable[[], None] = lambda: None # brings model and optimizer up to date, if they are copies
+    collect: Callable[..., None] = lambda averages=False: None # brings model (and optimizer), if copies, up to date
     saved_step: int | None = None # step of the last save
 
     def header(self) -> dict:
@@ -643,6 +653,7 @@ def load_checkpoint(
             if (value := tensors.get(f"{key}.{name}")) is not None:
                 # AdamW counts its steps on the CPU unless it is fused
                 on_cpu = key == "step" and not optimizer.defaults.get("fused")
+                on_cpu = on_cpu or getattr(optimizer, "averages_on_cpu", False)  # of a model in parts
                 optimizer.state[p][key] = value.to("cpu" if on_cpu else p.device, copy=True)  # a copy frees the file
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
@@ -835,7 +846,7 @@ class _Saver:
 
     def save(self):
         "Write the checkpoint, the history and the list of skipped clips."
-        self.state.collect()
+        self.state.collect(averages=self.folder is not None)
         if self.writes:
             self.checkpoints.save(self.state.model, self.state.optimizer, self.state.header())
             self.state.history.to_csv(self.folder / "history.csv")
@@ -1070,5 +1081,5 @@ class Trainer:
                     self.log.row(score if due else dict)
                 if due or item.late:
                     self.saver.save()
-            _stop(self.log, self.saver, stop.signum)
+            _stop(self.log, self.saver, *self.processes.highest(stop.signum))
         return state.history

@@ -218,6 +218,21 @@ def test_a_finished_run_resumes_to_itself(run):
     assert len(rows_of(run / "history.csv")) == 2
 
 
+@pytest.mark.parametrize("name", ["TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"])
+def test_a_command_that_is_started_again_goes_on(name, sounds, tmp_path, monkeypatch, capsys):
+    """With the settings that --init has changed, too: nobody can correct the flags of a restarted command."""
+    out = str(tmp_path / "run")
+    words = ["train", "--data", str(sounds), "--out", out, "--preset", "semantic_unlabelled", "--init", "starter",
+             "--epochs", "1", "--warmup-epochs", "0"]  # fmt: skip
+    monkeypatch.setenv(name, "1")
+    cli.main(words)
+    before = load_file(tmp_path / "run" / "model.safetensors")
+    cli.main(words)
+    assert "already finished" in capsys.readouterr().out
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
 def test_a_stopped_run_resumes_from_the_command(run, sounds, tmp_path, monkeypatch, capsys):
     "Stopped with Ctrl-C after an epoch, resumed by the very words that it said: the same model as in one go."
     out, flags = tmp_path / "stopped", ["--epochs", "2", "--eval-every", "1", *TINY]

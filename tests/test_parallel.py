@@ -55,6 +55,20 @@ class MaskedByContent(AudioMAEPlusPlus):
         return super().forward(spec, labels, mask)
 
 
+class Counted(MaskedByContent):
+    "Has other first weights in each process, and a buffer that counts its clips."
+
+    def __init__(self, cfg):
+        torch.manual_seed(int(os.environ["RANK"]))
+        super().__init__(cfg)
+        self.register_buffer("clips", torch.zeros(()))
+
+    def forward(self, spec, *args, **kwargs):
+        if self.training:
+            self.clips += len(spec)
+        return super().forward(spec, *args, **kwargs)
+
+
 def train(cfg, data, model=AudioMAEPlusPlus, **options):
     "Train, and return the trainer, the losses of each step, and the masks."
     torch.manual_seed(cfg.seed)
@@ -107,6 +121,7 @@ def as_one_of_two(out):
     keep("given masks", *train(cfg, batches(HALF), MaskedByContent))
     keep("labels", *train(cfg, batches(HALF), out_dir=out / "with labels", save_minutes=0))
     keep("views", *train(cfg, batches(HALF, labels=False)))
+    keep("counted", *train(cfg, batches(HALF), Counted))
     keep("off", *train(cfg.replace(use_contrastive_loss=False, use_uniformity_loss=False), batches(HALF)))
 
     begin(out / "stopped by content", cfg, batches(HALF))
@@ -143,6 +158,7 @@ def as_one_with_a_part(out):
     cfg = config(HALF, shard_model=True)
     trainer, losses, _ = train(cfg, batches(HALF), MaskedByContent, out_dir=out / "in parts", save_minutes=0)
     save_weights(trainer, out / "in parts")
+    save_weights(train(cfg, batches(HALF), Counted)[0], out / "counted in parts")
     here = sum(p.to_local().numel() for p in trainer.model.parameters())
     (out / f"parts_{os.environ['RANK']}.json").write_text(json.dumps(dict(losses=losses, here=here)))
     begin(out / "stopped parts", cfg, batches(HALF))
@@ -175,6 +191,7 @@ def torchrun(program, *args, processes=2, restarts=0):
 def run_several(program, *args, processes=2, restarts=0):
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else restarted processes may find the addresses of dead ones
         "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]),
     }  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -304,6 +321,13 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(two):
     assert all(torch.equal(other[name], resumed[name]) for name in other)
     written = AudioMAEPlusPlus.from_pretrained(two[1] / "in parts").state_dict()
     assert all(torch.equal(other[name], written[name]) for name in other)
+
+
+def test_buffers_and_first_weights_are_those_of_the_main_process(two):
+    "In parts as in whole models: else half of the weights would begin as in another process."
+    whole, parts = (load_file(two[1] / f"{name}_0.safetensors") for name in ("counted", "counted in parts"))
+    assert whole.pop("clips") == parts.pop("clips") == STEPS * HALF
+    assert (moved(whole) - moved(parts)).norm() < 1e-3 * moved(whole).norm()
 
 
 @pytest.mark.parametrize("name", ["whole", "parts"])
