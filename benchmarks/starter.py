@@ -239,7 +239,7 @@ def finished(out: Path):
         cfg = model.cfg
         how = facts["seed"] + 1, cfg.clip_seconds, cfg.sample_rate, facts["strength"], facts["sources"]
         x, _, _ = EmbeddingGenerator(model).embed_recordings(generated(3000, *how), quiet=True)
-        model.whitening = fit_whitening(x, size=256)  # as good as 512 on held-out programs and ESC-10, and smaller
+        model.whitening = fit_whitening(x)
         model.write(out)
     return model
 

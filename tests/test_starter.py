@@ -47,7 +47,7 @@ def test_it_is_small_enough_for_a_wheel():
 
 def test_its_card_says_what_it_has_learnt_from():
     card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
-    assert "generated sound programs" in card and "no recording" in card and "kNN" in card
+    assert "Generated sound programs" in card and "no recording" in card and "kNN" in card
 
 
 def test_it_knows_a_sound_when_it_is_performed_again():
