@@ -95,7 +95,7 @@ def on_main(
 def _held(out: Path) -> Iterator[Path]:
     "Lock the folder of a run on the main process."
     with ExitStack() as stack:
-        on_main(lambda: bool(stack.enter_context(only_writer(out))))
+        on_main(lambda: bool(stack.enter_context(only_writer(out))))  # a lock cannot be sent to the others
         yield out
 
 # %% ../nbs/40_run.ipynb #035ec8a9

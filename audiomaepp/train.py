@@ -246,9 +246,9 @@ class _Shards:
         for part, whole in zip(self.model.parameters(), self.whole.parameters(), strict=True):
             whole.copy_(_whole(part))
             for key, value in self.optimizer.state[part].items() if averages else ():
-                value = _whole(value).cpu() if self.is_main else _whole(value)
+                value = _whole(value)
                 if self.is_main:
-                    self.whole_optimizer.state[whole][key] = value
+                    self.whole_optimizer.state[whole][key] = value.cpu()
 
     @torch.no_grad()
     def distribute(self):
