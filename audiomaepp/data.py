@@ -13,7 +13,6 @@ import os
 import re
 import warnings
 from base64 import b64encode
-from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +32,8 @@ from audiomaepp.audio import (
 )
 from .datasets import DATASETS, get_dataset
 from .files import naming, printable, read_parquet, shown, write_atomic
+from .headers import headers_of, in_threads
+from .pieces import file_state, shard_numbers
 from .tables import _text, _with_paths, html_table, paths_of, render, text_table
 
 if TYPE_CHECKING:
@@ -765,16 +766,43 @@ def drop_unreadable(
     quiet: bool = False, # whether the progress bar is hidden
 ) -> Recordings:
     "Return the clips that can be decoded, with their durations in the table; `.skipped` lists the others."
-    from tqdm.auto import tqdm
-
-    check, results, n = _Check(recordings, keep), [], len(recordings)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=n, desc="decoding", disable=quiet) as bar:
-        for first in range(0, n, 4096): # not all at once, or the queue itself fills the memory
-            for result in pool.map(check, range(first, min(first + 4096, n))):
-                results.append(result)
-                bar.update()
+    check = _Check(recordings, keep)
+    results = list(in_threads(check, range(len(recordings)), "" if quiet else "decoding", workers))
     good = [i for i, (_, _, reason) in enumerate(results) if reason is None]
     skipped = recordings.skipped + [(recordings.paths[i], why) for i, (_, _, why) in enumerate(results) if why]
     table = recordings.table.iloc[good].assign(seconds=[results[i][1] for i in good])
     waves = [results[i][0] for i in good] if check.room >= 0 else [None] * len(good)
     return Recordings(table, recordings.sample_rate, recordings.classes, waves, skipped, recordings.source)
+
+# %% ../nbs/12_data.ipynb #43924b4c
+_DENSEST = 32 # bytes of decoded samples for each byte of a file with the strongest usual compression
+
+
+def _bytes(path: str) -> int: # 0 if the file is missing
+    "Return the size of a recording."
+    try:
+        return file_state(path)[0]
+    except OSError:
+        return 0
+
+
+def usable(
+    recordings: Recordings, # recordings to check
+    place: str = "", # absolute path or address of the set, under which its headers are kept; empty: they are not
+    keep: int = KEEP, # bytes of decoded audio that may stay in memory
+    quiet: bool = False, # whether the progress bar is hidden
+    all_headers: bool = False, # whether recordings with a valid header stay that an earlier training could not decode
+) -> Recordings:
+    "Return the recordings that can be used, decoded if all of them fit into memory; `.skipped` lists the others."
+    r = recordings
+    if shard_numbers(r.paths) is not None and "seconds" in r.table and r.table["seconds"].notna().all():
+        return r
+    if any(wave is not None for wave in r.waves) or sum(map(_bytes, r.paths)) <= keep / _DENSEST:
+        return drop_unreadable(r, keep, quiet=quiet)
+    headers = headers_of(r.paths, place, quiet)
+    if headers["seconds"].sum() * r.sample_rate * 4 <= keep: # float32
+        return drop_unreadable(r, keep, quiet=quiet)
+    good = (headers["seconds"].notna() if all_headers else headers["reason"] == "").to_numpy()
+    skipped = r.skipped + [(r.paths[i], headers["reason"][i]) for i in np.flatnonzero(~good)]
+    table = r.table[good].assign(seconds=headers["seconds"].to_numpy()[good])
+    return Recordings(table, r.sample_rate, r.classes, skipped=skipped, source=r.source)

@@ -45,6 +45,7 @@ from audiomaepp.files import (
     sweep,
     write_atomic,
 )
+from .headers import in_threads
 from .model import AudioMAEPlusPlus
 from .pooling import fit_whitening
 from .run import with_weights
@@ -277,7 +278,10 @@ def clip_digests(
     recordings: Recordings, # clips to compare
 ) -> list[str]: # one for each clip
     "Return digests of the samples, which do not depend on the names of the files."
-    return [hashlib.sha256(recordings.wav(i).numpy().tobytes()).hexdigest()[:16] for i in range(len(recordings))]
+    def digest(i):
+        return hashlib.sha256(recordings.wav(i).numpy().tobytes()).hexdigest()[:16]
+
+    return list(in_threads(digest, range(len(recordings))))
 
 
 def count_of(

@@ -128,6 +128,17 @@ def digest_of(
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def digest_of_ends(
+    file, # binary file object
+    most: int = 2**16, # bytes that are read at each end
+) -> str: # begins with "ends:"
+    "Return a digest of the size, the first and the last bytes of an open file, which costs little for a long one."
+    head = file.read(most)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(len(head), size - most))
+    return "ends:" + hashlib.blake2b(b"%d " % size + head + file.read(), digest_size=16).hexdigest()
+
+
 def too_short(
     piece: Piece,
 ) -> str: # reason; empty if the file is long enough

@@ -16,13 +16,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 
 from .config import Config
 from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
-from .pieces import digest_of, file_state, is_address, is_file, open_file, piece_of, shard_numbers
+from .pieces import digest_of, digest_of_ends, file_state, is_address, is_file, open_file, piece_of
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
@@ -127,26 +128,15 @@ class Parts(NamedTuple):
     protocol: str # sentence that says how they were split
 
 
-def _checked_before(
-    recordings: "Recordings",
-) -> bool:
-    """Return whether recordings are from a manifest of shards.
-
-    Each was decoded when the shards were written, so a training on them starts at once; one that was damaged since is
-    replaced and listed when it is needed.
-    """
-    known = shard_numbers(recordings.paths) is not None and "seconds" in recordings.table
-    return known and bool(recordings.table["seconds"].notna().all())
-
-
 def open_source(
     source: Source,
     cfg: Config, # sample rate, and seed of a random split
     quiet: bool = False, # whether the progress bar is hidden
     out: Path | None = None, # folder for skipped.csv if there are too few usable recordings
+    again: bool = False, # whether the run has begun, so that what its training could not decode stays
 ) -> Parts:
-    "Return the readable recordings, split into a training part and a held-out part."
-    from audiomaepp.data import NoRecordings, drop_unreadable, split
+    "Return the usable recordings, split into a training part and a held-out part."
+    from audiomaepp.data import NoRecordings, split, usable
 
     try:
         recordings = source.find(cfg)
@@ -156,8 +146,8 @@ def open_source(
         rows, numbers = source.held_out_rows, isinstance(source.held_out_rows, tuple)
         if numbers:
             recordings.table["_held_out"] = [i in set(rows) for i in range(len(recordings))]
-        if source.data != "synthetic" and not _checked_before(recordings):
-            recordings = drop_unreadable(recordings, quiet=quiet)
+        if source.data != "synthetic":
+            recordings = usable(recordings, source.place, quiet=quiet, all_headers=again)
         if numbers:
             rows = recordings.table.pop("_held_out").to_numpy(dtype=bool)
         if len(recordings) < 2:
@@ -192,6 +182,7 @@ def skipped_lines(
 # %% ../nbs/16_source.ipynb #98f5ad5b
 _PARTS = {"train": "training part", "test": "held-out part"}
 _COLUMNS = ("part", "path", "label", "size", "modified", "digest")
+_WHOLE = 2**30 # bytes of all files up to which each file's digest is that of all its bytes
 
 
 class _Row(NamedTuple):
@@ -210,8 +201,8 @@ class _Row(NamedTuple):
         size, modified = file_state(path)
         return str(size), str(modified)
 
-    def digest(self) -> str:
-        "Return a digest of the file; for samples in memory, the RMS levels of eight parts."
+    def digest(self, whole: bool = True) -> str:
+        "Return a digest of the file, or of its ends; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
         path, table = self.recordings.paths[self.i], self.recordings.table
@@ -219,9 +210,14 @@ class _Row(NamedTuple):
             return table["digest"].iat[self.i]  # of a manifest of shards: the same digest, made when they were written
         if is_file(path):
             with open_file(path) as file:
-                return digest_of(file)
+                return digest_of(file) if whole else digest_of_ends(file)
         eighths = np.array_split(np.asarray(self.recordings.waves[self.i], np.float64), 8)
         return " ".join(f"{np.sqrt(np.mean(part**2)) if len(part) else 0:.4g}" for part in eighths)
+
+
+def _of_ends(digest: str) -> bool:
+    "Return whether a digest is that of the two ends of a file."
+    return digest.startswith("ends:")
 
 
 def _same(a: str, b: str) -> bool:
@@ -254,11 +250,13 @@ def write_recordings(
     "Write the table of both parts."
     rows, text = _rows_of(train, test, base), io.StringIO()
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_Row.digest, rows.values()))
+        states = list(pool.map(_Row.state, rows.values()))
+        whole = sum(int(size) for size, _ in states) <= _WHOLE
+        digests = list(pool.map(partial(_Row.digest, whole=whole), rows.values()))
     table = csv.writer(text)
     table.writerow(_COLUMNS)
-    for ((name, _), row), digest in zip(rows.items(), digests, strict=True):
-        table.writerow((row.part, name, row.label, *row.state(), digest))
+    for ((name, _), row), state, digest in zip(rows.items(), states, digests, strict=True):
+        table.writerow((row.part, name, row.label, *state, digest))
     write_atomic(path, text.getvalue().encode())
 
 # %% ../nbs/16_source.ipynb #333aaf5d
@@ -274,7 +272,7 @@ def compare_recordings(
     touched = [(name, old, row) for name, old, row in both
                if not old["modified"] or row.state() != (old["size"], old["modified"])]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda each: each[2].digest(), touched))
+        digests = list(pool.map(lambda each: each[2].digest(not _of_ends(each[1]["digest"])), touched))
     changes = [
         *(f"{key[0]} is missing or cannot be read" for key in before if key not in now),
         *(f"{key[0]} is new" for key in now if key not in before),
@@ -344,7 +342,7 @@ def open_again(
     "Return a run's recordings, split as before; raise a `ValueError` that names what has changed since."
     path = Path(run) / "data.json"
     source, facts = load_source(Path(run)), check_fields(read_json(path), dict(held_out=str, seed=int), path, ["seed"])
-    parts = open_source(source, cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run))
+    parts = open_source(source, cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run), again=True)
     train, test, protocol = parts
     where = f"the run in {run} began"
     if path.with_name("recordings.csv").exists():
@@ -370,6 +368,7 @@ def trained_on(
     if not path.is_file():
         return [False] * len(recordings)
     known = {row["digest"] for row in _read_rows(path).values() if row["part"] == "train"}
+    kinds = {not _of_ends(digest) for digest in known} # of whole files, or of their ends
     with ThreadPoolExecutor() as pool:
         rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
-        return [digest in known for digest in pool.map(_Row.digest, rows)]
+        return list(pool.map(lambda row: any(row.digest(kind) in known for kind in kinds), rows))

@@ -1,0 +1,123 @@
+"""A folder that does not fit into memory: its headers are read, and nothing is decoded before the first step."""
+
+import csv
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from audiomaepp import Run, data, headers, source
+from audiomaepp.data import open_recordings, usable
+from audiomaepp.source import Source, open_source, trained_on
+
+TINY = dict(
+    embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, batch_size=8, warmup_epochs=0,
+    epochs=1, precision="fp32", num_workers=0, max_unreadable=0.1,
+)  # fmt: skip
+SECOND = 16000 * 4  # bytes of decoded samples
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUDIOMAEPP_DATA", str(tmp_path / "home"))
+    return tmp_path / "home" / "headers"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty FLAC files of a second in two classes, one empty file, and one whose middle is damaged."""
+    for i in range(20):
+        path = tmp_path / "set" / "ab"[i % 2] / f"{i:02d}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.random.default_rng(i).standard_normal(16000) / 9, 16000)
+    (tmp_path / "set" / "a" / "none.flac").touch()
+    with open(tmp_path / "set" / "b" / "07.flac", "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 3)
+        file.write(bytes(size // 2))
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Five seconds of sound do not fit into memory; nothing may be decoded before a training."""
+    monkeypatch.setattr(data, "usable", partial(usable, keep=5 * SECOND))
+    monkeypatch.setattr(source, "_WHOLE", 5 * SECOND)
+    monkeypatch.setattr(data, "drop_unreadable", lambda *args, **how: pytest.fail("the set was decoded"))
+
+
+def skipped(run):
+    with open(run.path / "skipped.csv", newline="") as file:
+        return [os.path.basename(path) for path, _ in csv.reader(file)][1:]
+
+
+def parts_of(run):
+    return dict(pd.read_csv(run.path / "recordings.csv").set_index("path")["part"])
+
+
+def test_a_large_folder_is_trained_on_without_decoding_it_first(folder, large, tmp_path):
+    """Damage is found by the training, which replaces and lists the clip; the next training leaves it out."""
+    rows = [0, 1, 2, 3]
+    first = Run.train(folder, held_out=rows, out=tmp_path / "first", quiet=True, **TINY)
+    assert skipped(first) == ["none.flac", "07.flac"] and parts_of(first)["b/07.flac"] == "train"
+    second = Run.train(folder, held_out=rows, out=tmp_path / "second", quiet=True, **TINY)
+    assert sorted(skipped(second)) == ["07.flac", "none.flac"] and "b/07.flac" not in parts_of(second)
+    again = first.resume(epochs=2, quiet=True)  # its recordings are those that it began with
+    assert again.epochs == 2 and again.evaluate(quiet=True).rows
+
+
+def test_headers_are_read_once(folder, home, monkeypatch):
+    paths = open_recordings(folder).paths
+    first = headers.headers_of(paths, str(folder), quiet=True)
+    assert first["seconds"].notna().sum() == 20 and first["reason"][paths.index(str(folder / "a/none.flac"))]
+    read = []
+    monkeypatch.setattr(headers, "_header", lambda path: read.append(path) or (1.0, ""))
+    pd.testing.assert_frame_equal(headers.headers_of(paths, str(folder), quiet=True), first)
+    some = headers.headers_of(paths[3:], str(folder), quiet=True)
+    pd.testing.assert_frame_equal(some, first[3:].reset_index(drop=True))
+    assert not read
+    os.utime(paths[4], ns=(1, 1))
+    headers.headers_of([*paths, "missing.wav"], str(folder), quiet=True)
+    assert read == [paths[4], "missing.wav"]
+    for file in home.iterdir():  # a damaged file of headers is no error: they are read again
+        file.write_bytes(b"PAR1")
+    headers.headers_of(paths, str(folder), quiet=True)
+    assert len(read) == 2 + len(paths)
+
+
+def test_a_folder_of_headers_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AUDIOMAEPP_DATA", str(tmp_path / "file"))
+    assert len(headers.headers_of(open_recordings(folder).paths, str(folder), quiet=True)) == 21
+
+
+def test_a_set_that_fits_into_memory_is_decoded(folder, home):
+    found = usable(open_recordings(folder), str(folder), quiet=True)
+    assert found.in_memory and len(found) == 19 and not home.exists()
+
+
+def test_a_run_on_a_large_set_notices_other_contents(folder, large, tmp_path):
+    """Only the ends of its files are digested; a copy is still found, and a file that was replaced."""
+    run = Run.train(folder, held_out=[0, 1], out=tmp_path / "run", quiet=True, **TINY)
+    assert set(pd.read_csv(run.path / "recordings.csv")["digest"].str[:5]) == {"ends:"}
+    (tmp_path / "other").mkdir()
+    sounds = [Path(path).read_bytes() for path in (folder / "b/05.flac", folder / "a/00.flac")]
+    for name, sound in zip(("copy.flac", "held.flac"), sounds, strict=True):
+        (tmp_path / "other" / name).write_bytes(sound)
+    assert trained_on(run.path, open_recordings(tmp_path / "other")) == [True, False]
+    (folder / "b/05.flac").write_bytes(sounds[0])  # another time, the same contents
+    run.resume(epochs=2, quiet=True)
+    soundfile.write(folder / "b/05.flac", np.zeros(16000), 16000)
+    with pytest.raises(ValueError, match=r"b/05\.flac has other contents"):
+        run.resume(epochs=3, quiet=True)
+
+
+def test_every_process_opens_the_same_recordings(folder, large):
+    from audiomaepp.config import Config
+
+    one, two = (open_source(Source(str(folder)), Config.preset("nano"), quiet=True) for _ in range(2))
+    assert one.train.paths == two.train.paths and one.train.table["seconds"].tolist() == [1.0] * len(one.train)
