@@ -8,13 +8,12 @@ __all__ = ['UnreadableError', 'ClipLoader', 'Augment']
 # %% ../nbs/14_batches.ipynb #d2cc559a
 import itertools
 import math
-import os
 import signal
-import tempfile
+import socket
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .audio import AudioError
 from .config import Config
-from .data import KEEP, Recordings, Skipped
+from .data import Recordings, Skipped
 from .features import EPS, FrontEnd, build_frontend, frames_of_clip, in_blocks, log_clip, log_recording
-from .files import OutputError
 from .pieces import shard_numbers
+from .shelf import SHARED, Shelf
 
 # %% ../nbs/14_batches.ipynb #f5a12abf
 def _in_pairs(
@@ -153,8 +152,6 @@ class _Clips(Dataset):
             if self.takes:
                 return self._two_takes(rng, epoch, row), label, row, None
             return self.cut(row, *self._place(rng)), label, row, None
-        except OutputError: # the disk is full; the recording is not to blame
-            raise
         except (AudioError, OSError, RuntimeError) as error:
             return None, label, row, getattr(error, "reason", f"{type(error).__name__}: {error}")
 
@@ -239,7 +236,7 @@ def _leave_signals_to_the_trainer(worker: int):
 
 def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
     "Return PyTorch's loader of the scheduled batches."
-    alone = clips.recordings.in_memory or clips.cut.keeps and not clips.takes
+    alone = clips.recordings.in_memory or clips.cut.keeps and not clips.takes and not SHARED
     workers = 0 if alone else cfg.num_workers
     return DataLoader(
         clips, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0,
@@ -304,6 +301,17 @@ class ClipLoader:
             if len(batch["index"]):
                 yield from itertools.repeat(batch, self.echo - again)
             again = 0
+
+    def share(
+        self,
+        gather: Callable[[Any], list], # function that collects a value from all processes
+    ):
+        "Use one shelf of spectrograms with the other processes of this machine."
+        shelf = getattr(self._batches.dataset.cut, "shelf", None)
+        mine = (socket.gethostname(), shelf.place) if isinstance(shelf, Shelf) else None
+        first = next((there for there in gather(mine) if there and mine and there[0] == mine[0]), mine)
+        if first != mine:
+            shelf.join(first[1])
 
     @property
     def skipped(self) -> Skipped:
@@ -543,38 +551,6 @@ class Augment(nn.Module):
         top_db = _depths(self.cfg, len(wav), wav.device) if self.training else None
         return self.spec(self.frontend(wav, top_db=top_db))
 
-# %% ../nbs/14_batches.ipynb #14c0de13
-class _Shelf:
-    "Keeps arrays by number: in memory up to a budget, above it in a temporary file that disappears with the process."
-
-    def __init__(self, budget: int): # bytes
-        self.room, self.kept, self.file = budget, {}, None
-
-    def put(self, number: int, array: np.ndarray): # float16
-        "Keep an array; raise `OutputError` if the disk is full."
-        self.room -= array.nbytes
-        if self.room >= 0:
-            self.kept[number] = array
-            return
-        try:
-            self.file = self.file or tempfile.TemporaryFile(prefix="audiomaepp-")
-            begin = self.file.seek(0, os.SEEK_END)
-            self.file.write(array.tobytes())
-            self.file.flush()
-        except OSError as error:
-            raise OutputError(f"{tempfile.gettempdir()} must have room for the spectrograms of the recordings, got "
-                              f"{error.strerror or error}; set TMPDIR to a folder on a larger disk, or use "
-                              "cache_features=False") from error
-        self.kept[number] = begin, array.shape
-
-    def get(self, number: int) -> np.ndarray | None: # None if it is not kept
-        "Return a kept array."
-        kept = self.kept.get(number)
-        if isinstance(kept, tuple):
-            begin, shape = kept
-            return np.memmap(self.file, np.float16, "c", begin, shape)
-        return kept
-
 # %% ../nbs/14_batches.ipynb #14c0de16
 class _LogMels:
     "Cuts clips out of log spectra; computes the spectrum of a recording when it is first needed, and keeps it."
@@ -582,7 +558,9 @@ class _LogMels:
     name, keeps = "logmel", True
 
     def __init__(self, recordings: Recordings, cfg: Config):
-        self.recordings, self.frontend, self.shelf = recordings, build_frontend(cfg), _Shelf(KEEP)
+        self.recordings, self.frontend = recordings, build_frontend(cfg)
+        large = not recordings.in_memory and not recordings.has_takes
+        self.shelf = Shelf(len(recordings), cfg.img_size[1]) if large else {}
         self.empty = torch.zeros(0, *cfg.img_size, dtype=torch.float16)
 
     def __call__(
@@ -597,7 +575,7 @@ class _LogMels:
         if spec is None:
             spec = log_recording(self.frontend, self.recordings.wav(row, **take)).half().numpy()
             if not take:
-                self.shelf.put(row, spec)
+                self.shelf[row] = spec
         return log_clip(self.frontend, torch.from_numpy(spec), where, offset)
 
 # %% ../nbs/14_batches.ipynb #14c0de19

@@ -970,6 +970,8 @@ class _Batches:
 
     def __init__(self, train: Iterable, cfg: Config, processes: _Processes, world: int):
         self.train, self.accum_steps, self.processes, self.world = train, cfg.accum_steps, processes, world
+        if processes.count > 1 and hasattr(train, "share"):
+            train.share(processes.gather)
         echo = getattr(train, "echo", 1) # steps with each batch that is loaded
         self.per_epoch, self.epoch, self.groups = len(train) // echo // world * echo, None, iter(())
         if echo > 1 and processes.count != world:

@@ -10,12 +10,12 @@ import soundfile
 import torch
 
 import audiomaepp.batches as batches
+import audiomaepp.shelf as shelf
 from audiomaepp.batches import Augment, ClipLoader, UnreadableError
 from audiomaepp.config import PRESETS, Config
 from audiomaepp.data import Recordings, drop_unreadable, open_recordings
 from audiomaepp.embed import fingerprint
 from audiomaepp.features import build_frontend, frames_of_clip, log_clip, log_recording
-from audiomaepp.files import OutputError
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.synthetic import synthesize
 from audiomaepp.train import Trainer
@@ -249,42 +249,43 @@ def test_each_spectrum_is_computed_once_in_a_training(folder, monkeypatch):
     assert len(rows) == 16 and sorted(decoded) == list(range(16))
 
 
-def test_in_a_file_as_in_memory(folder, monkeypatch):
+def test_in_a_file_as_in_memory(folder):
     cfg, recordings = config(batch_size=4, **CACHED), drop_unreadable(open_recordings(folder), quiet=True)
     before = [batches_of(recordings, cfg, epoch) for epoch in range(2)]
-    for budget in (0, 100_000):
-        monkeypatch.setattr(batches, "KEEP", budget)
-        loader, names = ClipLoader(recordings, cfg), set(os.listdir(tempfile.gettempdir()))
-        for epoch in range(2):
-            loader.set_epoch(epoch)
-            assert same(list(loader), before[epoch])
-        kept = loader._batches.dataset.cut.shelf
-        in_file = sum(isinstance(value, tuple) for value in kept.kept.values())
-        assert in_file == 16 if budget == 0 else 0 < in_file < 16
-        left = {n for n in set(os.listdir(tempfile.gettempdir())) - names if n.startswith("audiomaepp-")}
-        assert not left, "the file has a name and would outlive the process"
+    loader, names = ClipLoader(open_recordings(folder), cfg), set(os.listdir(tempfile.gettempdir()))
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        assert same(list(loader), before[epoch])
+    assert all(loader._batches.dataset.cut.shelf.get(row) is not None for row in range(16))
+    left = {n for n in set(os.listdir(tempfile.gettempdir())) - names if n.startswith("audiomaepp-")}
+    assert not left, "the file has a name and would outlive the process"
 
 
-def test_workers_are_not_started(folder):
-    cfg, recordings = config(batch_size=4, **CACHED), open_recordings(folder)
-    loader = ClipLoader(recordings, cfg.replace(num_workers=2))
-    assert loader._batches.num_workers == 0 and same(list(loader), batches_of(recordings, cfg))
-
-
-def test_a_full_disk_is_not_a_lost_recording(folder, monkeypatch):
-    class Full:
-        def seek(self, *args):
-            return 0
-
-        def write(self, data):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(batches, "KEEP", 0)
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: Full())
-    loader = ClipLoader(open_recordings(folder), config(**CACHED))
-    with pytest.raises(OutputError, match=r"must have room .* got No space left .*; set TMPDIR"):
-        list(loader)
+def test_workers_compute_each_spectrum_once_for_all(folder):
+    """A set that is not in memory was decoded by the process that trains, one clip after the other."""
+    cfg, recordings = config(batch_size=4, num_workers=2, **CACHED), open_recordings(folder)
+    before = [batches_of(recordings, cfg.replace(num_workers=0), epoch) for epoch in range(3)]
+    loader = ClipLoader(recordings, cfg)
+    assert loader._batches.num_workers == 2
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        assert same(list(loader), before[epoch])
+        for path in recordings.paths if epoch == 0 else ():  # from now on, no file is read
+            os.unlink(path)
     assert not loader.skipped
+    small = ClipLoader(in_memory(*[noise(8000)] * 8), cfg)
+    assert small._batches.num_workers == 0
+
+
+def test_a_full_disk_costs_time_and_no_recording(folder, monkeypatch):
+    """A cache that found no room ended the training; what cannot be kept is computed again."""
+    recordings, cfg = open_recordings(folder), config(batch_size=4, **CACHED)
+    before = batches_of(recordings, cfg)
+    written = []
+    monkeypatch.setattr(shelf, "_write_at", lambda file, data, first: written.append(first) or 0)
+    loader = ClipLoader(recordings, cfg)
+    assert same(list(loader), before) and same(list(loader), before) and not loader.skipped
+    assert len(written) == 1, "the first failure is enough"
 
 
 # ---- faults and resume
@@ -314,12 +315,11 @@ def test_a_file_that_is_gone_later_is_still_there(folder):
     assert same(list(loader), first) and not loader.skipped
 
 
-@pytest.mark.parametrize("budget", [2**30, 0])
-def test_a_run_resumes_bit_for_bit(folder, tmp_path_factory, monkeypatch, budget):
-    monkeypatch.setattr(batches, "KEEP", budget)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumes_bit_for_bit(folder, tmp_path_factory, workers):
     threads, out = torch.get_num_threads(), tmp_path_factory.mktemp("run")
     torch.set_num_threads(1)
-    cfg = config(batch_size=4, epochs=3, eval_every=1, eval_steps=2, **CACHED, **LOUD)
+    cfg = config(batch_size=4, epochs=3, eval_every=1, eval_steps=2, num_workers=workers, **CACHED, **LOUD)
 
     class Stop(Exception):
         pass

@@ -16,12 +16,16 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import audiomaepp
+import audiomaepp.batches as loading
 from audiomaepp.config import Config
+from audiomaepp.data import open_recordings
+from audiomaepp.features import build_frontend
 from audiomaepp.files import MARKER
 from audiomaepp.model import AudioMAEPlusPlus, split_by_noise
 from audiomaepp.train import History, Trainer, _share, read_progress
@@ -167,7 +171,17 @@ def as_one_with_a_part(out):
     resumed = Trainer.resume(out / "stopped parts", model=MaskedByContent(cfg), quiet=True, save_minutes=1e9)
     resumed.fit(batches(HALF))
     save_weights(resumed, out / "resumed in parts")
+    (out / f"spectra_{os.environ['RANK']}.json").write_text(json.dumps(spectra_of(out / "sounds")))
     dist.destroy_process_group()
+
+
+def spectra_of(sounds):
+    "Train on files and return the lengths of the recordings whose spectra this process has computed."
+    cfg, computed, plain = config(HALF, cache_features=True), [], loading.log_recording
+    loading.log_recording = lambda front, wav: computed.append(len(wav)) or plain(front, wav)
+    clips = loading.ClipLoader(open_recordings(sounds), cfg)
+    Trainer(cfg, transform=loading.Augment(cfg, build_frontend(cfg)), quiet=True).fit(clips)
+    return computed
 
 
 def as_one_of_three(out):
@@ -206,6 +220,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built
 def two(tmp_path_factory):
     "What both processes found: (losses and masks by name, folder)."
     out = tmp_path_factory.mktemp("two")
+    (out / "sounds").mkdir()
+    for i in range(4 * HALF):
+        soundfile.write(out / "sounds" / f"{i:02d}.wav", torch.randn(8000 + i).numpy() / 9, 16000)
     begin(out / "of one", config(2 * HALF), batches(2 * HALF))
     for work in ("as_one_of_two", "as_one_with_a_part"):
         torchrun(__file__, work, out)
@@ -321,6 +338,12 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(two):
     assert all(torch.equal(other[name], resumed[name]) for name in other)
     written = AudioMAEPlusPlus.from_pretrained(two[1] / "in parts").state_dict()
     assert all(torch.equal(other[name], written[name]) for name in other)
+
+
+def test_processes_of_a_machine_share_what_they_have_computed(two):
+    """Each process decoded the whole set and kept it for itself."""
+    computed = [json.loads((two[1] / f"spectra_{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(computed) and sorted(computed[0] + computed[1]) == [8000 + i for i in range(4 * HALF)]
 
 
 def test_buffers_and_first_weights_are_those_of_the_main_process(two):
