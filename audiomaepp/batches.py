@@ -9,7 +9,6 @@ __all__ = ['UnreadableError', 'ClipLoader', 'Augment']
 import itertools
 import math
 import signal
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +24,7 @@ from .config import Config
 from .data import Recordings, Skipped
 from .features import EPS, FrontEnd, build_frontend, frames_of_clip, in_blocks, log_clip, log_recording
 from .pieces import shard_numbers
-from .shelf import SHARED, Shelf
+from .shelf import SHARED, Shelf, use_one
 
 # %% ../nbs/14_batches.ipynb #f5a12abf
 def _in_pairs(
@@ -302,16 +301,9 @@ class ClipLoader:
                 yield from itertools.repeat(batch, self.echo - again)
             again = 0
 
-    def share(
-        self,
-        gather: Callable[[Any], list], # function that collects a value from all processes
-    ):
-        "Use one shelf of spectrograms with the other processes of this machine."
-        shelf = getattr(self._batches.dataset.cut, "shelf", None)
-        mine = (socket.gethostname(), shelf.place) if isinstance(shelf, Shelf) else None
-        first = next((there for there in gather(mine) if there and mine and there[0] == mine[0]), mine)
-        if first != mine:
-            shelf.join(first[1])
+    def share(self, gather: Callable[[Any], list]):
+        "Use one shelf of spectrograms with the other processes of this machine; `gather` collects a value from all."
+        use_one(getattr(self._batches.dataset.cut, "shelf", None), gather)
 
     @property
     def skipped(self) -> Skipped:

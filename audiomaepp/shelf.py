@@ -7,11 +7,13 @@ __all__ = []
 
 # %% ../nbs/shelf.ipynb #cc63047f
 import os
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from shutil import disk_usage
+from typing import Any
 
 import numpy as np
 
@@ -112,3 +114,14 @@ class Shelf:
         if not self.join(place):
             raise OSError(f"{place[0]} must be open in another process of this machine, and is not; start the training "
                           "again")
+
+# %% ../nbs/shelf.ipynb #bb31f63b
+def use_one(
+    shelf: Shelf | dict | None, # of this process; what is no shelf is not shared
+    gather: Callable[[Any], list], # function that collects a value from all processes
+):
+    "Use the shelf of the first process of this machine."
+    mine = (socket.gethostname(), shelf.place) if isinstance(shelf, Shelf) else None
+    first = next((there for there in gather(mine) if there and mine and there[0] == mine[0]), mine)
+    if first != mine:
+        shelf.join(first[1])
