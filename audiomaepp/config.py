@@ -365,7 +365,7 @@ class _Augmentation(_FrontEnd):
 class _Training(_Group):
     "Training"
     epochs: int = 100 # number of passes over the training clips
-    init: str = "" # model whose weights the training starts from: "starter", a folder, a repository; "": random ones
+    init: str = "" # model whose weights the training starts from: "starter", "starter_words", a folder; "": random ones
     batch_size: int = 64 # clips per batch, on each process
     accum_steps: int = 1 # number of batches whose gradients are accumulated for one step
     base_lr: float = 1.5e-4 # learning rate for 256 clips per step

@@ -14,6 +14,7 @@ import re
 import warnings
 from base64 import b64encode
 from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -797,7 +798,8 @@ def usable(
     r = recordings
     if shard_numbers(r.paths) is not None and "seconds" in r.table and r.table["seconds"].notna().all():
         return r
-    if any(wave is not None for wave in r.waves) or sum(map(_bytes, r.paths)) <= keep / _DENSEST:
+    sizes = accumulate(map(_bytes, r.paths))
+    if any(wave is not None for wave in r.waves) or all(total <= keep / _DENSEST for total in sizes):
         return drop_unreadable(r, keep, quiet=quiet)
     headers = headers_of(r.paths, place, quiet)
     if headers["seconds"].sum() * r.sample_rate * 4 <= keep: # float32

@@ -10,13 +10,14 @@ import hashlib
 import io
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from .audio import AudioError, probe
+from .audio import AudioError, probe, stream_audio
 from .datasets import data_home
 from .files import read_parquet, write_atomic
 from .pieces import file_state
@@ -115,14 +116,25 @@ def headers_of(
     return table.reset_index(drop=True)
 
 # %% ../nbs/headers.ipynb #3f7ee79b
+def _fails(path: str) -> bool:
+    "Return whether a recording cannot be decoded, now that it is tried again."
+    try:
+        deque(stream_audio(path, 8000), maxlen=0)
+    except AudioError:
+        return True
+    except (OSError, RuntimeError): # of the machine rather than of the recording
+        return False
+    return False
+
+
 def remember_unreadable(
     skipped: Iterable[tuple[str, str]], # (path, reason) of each recording
     place: str, # absolute path or address of the set
 ):
     "Keep the reasons why recordings could not be decoded, for recordings whose headers are kept."
-    reasons = {os.fsencode(path): reason for path, reason in skipped}
     table = _kept(file := _kept_in(place))
-    known = table.index.isin(reasons.keys()) & (table["reason"] == "").to_numpy()
-    if known.any():
-        table.loc[known, "reason"] = [reasons[name] for name in table.index[known]]
+    new = {name: reason for path, reason in skipped if (name := os.fsencode(path)) in table.index
+           and table.at[name, "reason"] == "" and _fails(path)}
+    if new:
+        table.loc[list(new), "reason"] = list(new.values())
         _keep(table, file)

@@ -30,7 +30,7 @@ from .tables import render
 from .weights import check_finite, check_shapes, read_tensors, sizes, weight_shapes
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0012
-STARTERS = ("starter",) # models that the package brings
+STARTERS = ("starter", "starter_words") # models that the package brings
 
 
 def _find(

@@ -183,9 +183,12 @@ def train_run(
                   f"{len(held)} validation clips choose the checkpoint")
         trainer.transform = Augment(cfg, build_frontend(cfg)).to(trainer.device)
         validation = Validation(fitted, held, cfg)
-        history = trainer.fit(clips := ClipLoader(fitted, cfg), validation, validation.best_by)
-        if leader:
-            remember_unreadable(clips.skipped, load_source(out).place)
+        clips = ClipLoader(fitted, cfg)
+        try:
+            history = trainer.fit(clips, validation, validation.best_by)
+        finally: # also after too many of them: a new training leaves them out
+            if leader:
+                remember_unreadable(clips.skipped, load_source(out).place)
         trainer.accelerator.wait_for_everyone()
         return whitened(out, cfg, lambda: parts, trainer.device, quiet), history
 

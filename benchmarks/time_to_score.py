@@ -13,8 +13,8 @@ The recipes:
                frame pooling) at the width, depth, batch size and learning rate of our presets
     before     the presets of an earlier commit, run by its own code: --before takes a checkout of it
     now        the presets of this commit
-    starter    these presets, but the weights begin as those of the model that the package brings, which fix the
-               network, the patches and the front end; the windows keep their number of frames
+    starter    these presets, but the weights begin as those of a model that the package brings, which fix the network,
+               the patches and the front end: `starter`, or `starter_words` where the windows are shorter than a second
 
 Finished trainings in --out are skipped. The report compares each recipe with the last one: how many seconds both need
 for the best score that both reach, by linear interpolation between budgets, and the ratio. A curve whose cheapest
@@ -77,7 +77,7 @@ def train_and_score(job):
     if job["recipe"] == "starter":
         from audiomaepp.run import with_weights
 
-        cfg = with_weights(cfg.replace(init="starter"), ["img_size"] if cfg.clip_seconds < 4 else [])
+        cfg = with_weights(cfg.replace(init="starter_words" if cfg.clip_seconds < 1 else "starter"))
     recordings = opened(job["data"], cfg.sample_rate)
     if isinstance(recordings, tuple):
         train, test = recordings

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from audiomaepp import Run, data, headers, source
+from audiomaepp.batches import UnreadableError
 from audiomaepp.data import open_recordings, usable
 from audiomaepp.source import Source, open_source, trained_on
 
@@ -68,6 +69,17 @@ def test_a_large_folder_is_trained_on_without_decoding_it_first(folder, large, t
     assert sorted(skipped(second)) == ["07.flac", "none.flac"] and "b/07.flac" not in parts_of(second)
     again = first.resume(epochs=2, quiet=True)  # its recordings are those that it began with
     assert again.epochs == 2 and again.evaluate(quiet=True).rows
+
+
+def test_what_ended_a_training_does_not_end_the_next_one(folder, large, tmp_path):
+    """Too many recordings were damaged; a new run, which the message advises, would have found the same ones again."""
+    how = TINY | dict(max_unreadable=0.0)
+    with open(folder / "b" / "09.flac", "r+b") as file:
+        file.truncate(9000)
+    with pytest.raises(UnreadableError, match="2 of .* start a new run without them"):
+        Run.train(folder, held_out=[0, 1, 2, 3], out=tmp_path / "first", quiet=True, **how)
+    run = Run.train(folder, held_out=[0, 1, 2, 3], out=tmp_path / "second", quiet=True, **how)
+    assert run.epochs == 1 and {"07.flac", "09.flac"} <= set(skipped(run))
 
 
 def test_headers_are_read_once(folder, home, monkeypatch):

@@ -18,11 +18,13 @@ from audiomaepp.cli import main
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.model import AudioMAEPlusPlus
+from audiomaepp.pretrained import STARTERS
 from audiomaepp.run import Run
 from audiomaepp.search import SoundIndex
 from audiomaepp.synthetic import generated, synthesize
 
-FOLDER = files("audiomaepp") / "starters" / "starter"
+FOLDER = files("audiomaepp") / "starters"
+both = pytest.mark.parametrize("name", STARTERS)
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +40,27 @@ def sounds(tmp_path_factory):
 # ---- what it is
 
 
-def test_it_is_small_enough_for_a_wheel():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 4_000_000
-    model = AudioMAEPlusPlus.from_pretrained("starter")
+@both
+def test_it_is_small_enough_for_a_wheel(name):
+    assert sum(path.stat().st_size for path in (FOLDER / name).iterdir()) < 4_000_000
+    model = AudioMAEPlusPlus.from_pretrained(name)
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
     assert all(p.dtype == torch.float32 for p in model.parameters()) and model.whitening is not None
 
 
-def test_its_card_says_what_it_has_learnt_from():
-    card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
+@both
+def test_its_card_says_what_it_has_learnt_from(name):
+    card = " ".join((FOLDER / name / "README.md").read_text("utf-8").split())
     assert "Generated sound programs" in card and "no recording" in card and "kNN" in card
 
 
-def test_it_knows_a_sound_when_it_is_performed_again():
+@both
+def test_it_knows_a_sound_when_it_is_performed_again(name):
     """Programs that no training has seen: the nearest neighbor of a take is the other take of its program."""
-    made, embed = generated(60, 987_654), EmbeddingGenerator()
-    x, y = (np.stack([embed.extract_embedding(made.wav(i, take)) for i in range(60)]) for take in (0, 1))
+    embed = EmbeddingGenerator(name)
+    made = generated(60, 987_654, embed.cfg.clip_seconds, embed.cfg.sample_rate)
+    takes = ([embed.extract_embedding(made.wav(i, take), made.sample_rate) for i in range(60)] for take in (0, 1))
+    x, y = map(np.stack, takes)
     x, y = ((v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (x, y))
     assert ((x @ y.T).argmax(1) == np.arange(60)).mean() > 0.6
 
@@ -124,7 +131,8 @@ def test_a_pipeline_and_hear_without_a_model(sounds):
     assert hear.get_scene_embeddings(torch.randn(2, 16_000), model).shape == (2, model.scene_embedding_size)
 
 
-def test_a_training_starts_from_it(sounds, tmp_path):
-    run = Run.train(sounds, out=tmp_path / "run", init="starter", epochs=1, warmup_epochs=0.5, quiet=True)
-    assert run.config.embed_dim == AudioMAEPlusPlus.from_pretrained("starter").cfg.embed_dim
+@both
+def test_a_training_starts_from_it(sounds, tmp_path, name):
+    run = Run.train(sounds, out=tmp_path / "run", init=name, epochs=1, warmup_epochs=0.5, quiet=True)
+    assert run.config.embed_dim == AudioMAEPlusPlus.from_pretrained(name).cfg.embed_dim
     assert run.resume(epochs=2, quiet=True).epochs == 2
