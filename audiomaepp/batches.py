@@ -551,8 +551,7 @@ class _LogMels:
 
     def __init__(self, recordings: Recordings, cfg: Config):
         self.recordings, self.frontend = recordings, build_frontend(cfg)
-        large = not recordings.in_memory and not recordings.has_takes
-        self.shelf = Shelf(len(recordings), cfg.img_size[1]) if large else {}
+        self.shelf = {} if recordings.in_memory else Shelf(len(recordings), cfg.img_size[1])
         self.empty = torch.zeros(0, *cfg.img_size, dtype=torch.float16)
 
     def __call__(

@@ -792,7 +792,6 @@ def usable(
     place: str = "", # absolute path or address of the set, under which its headers are kept; empty: they are not
     keep: int = KEEP, # bytes of decoded audio that may stay in memory
     quiet: bool = False, # whether the progress bar is hidden
-    all_headers: bool = False, # whether recordings with a valid header stay that an earlier training could not decode
 ) -> Recordings:
     "Return the recordings that can be used, decoded if all of them fit into memory; `.skipped` lists the others."
     r = recordings
@@ -804,7 +803,7 @@ def usable(
     headers = headers_of(r.paths, place, quiet)
     if headers["seconds"].sum() * r.sample_rate * 4 <= keep: # float32
         return drop_unreadable(r, keep, quiet=quiet)
-    good = (headers["seconds"].notna() if all_headers else headers["reason"] == "").to_numpy()
+    good = (headers["reason"] == "").to_numpy()
     skipped = r.skipped + [(r.paths[i], headers["reason"][i]) for i in np.flatnonzero(~good)]
     table = r.table[good].assign(seconds=headers["seconds"].to_numpy()[good])
     return Recordings(table, r.sample_rate, r.classes, skipped=skipped, source=r.source)

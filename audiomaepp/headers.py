@@ -10,14 +10,13 @@ import hashlib
 import io
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from .audio import AudioError, probe, stream_audio
+from .audio import probe
 from .datasets import data_home
 from .files import read_parquet, write_atomic
 from .pieces import file_state
@@ -47,7 +46,7 @@ def _header(
     "Read the header of a recording."
     try:
         seconds = probe(path).seconds
-    except (AudioError, OSError, RuntimeError) as error:
+    except Exception as error: # any problem of one file must not stop the others
         return math.nan, getattr(error, "reason", f"{type(error).__name__}: {error}")
     return (seconds, "") if seconds > 0 else (math.nan, "holds no samples")
 
@@ -111,30 +110,6 @@ def headers_of(
     columns = dict(size=states[:, 0], modified=states[:, 1], seconds=seconds.astype(float), reason=reasons)
     table = pd.DataFrame(columns, index=names)
     if len(new) and place:
-        kept = pd.concat([kept[~kept.index.isin(names)], table[~names.duplicated()]])
-        _keep(kept, _kept_in(place))
+        good = table[~names.duplicated() & (table["reason"] == "").to_numpy()] # a disk that was away may come back
+        _keep(pd.concat([kept[~kept.index.isin(names)], good]), _kept_in(place))
     return table.reset_index(drop=True)
-
-# %% ../nbs/headers.ipynb #3f7ee79b
-def _fails(path: str) -> bool:
-    "Return whether a recording cannot be decoded, now that it is tried again."
-    try:
-        deque(stream_audio(path, 8000), maxlen=0)
-    except AudioError:
-        return True
-    except (OSError, RuntimeError): # of the machine rather than of the recording
-        return False
-    return False
-
-
-def remember_unreadable(
-    skipped: Iterable[tuple[str, str]], # (path, reason) of each recording
-    place: str, # absolute path or address of the set
-):
-    "Keep the reasons why recordings could not be decoded, for recordings whose headers are kept."
-    table = _kept(file := _kept_in(place))
-    new = {name: reason for path, reason in skipped if (name := os.fsencode(path)) in table.index
-           and table.at[name, "reason"] == "" and _fails(path)}
-    if new:
-        table.loc[list(new), "reason"] = list(new.values())
-        _keep(table, file)

@@ -148,7 +148,6 @@ def train_run(
     "Train a model; write settings, a table of the sounds, checkpoints, history and the best model into `out`."
     from audiomaepp.batches import Augment, ClipLoader
     from audiomaepp.features import build_frontend
-    from audiomaepp.headers import remember_unreadable
     from audiomaepp.train import Trainer
     from audiomaepp.validation import Validation, without_validation
 
@@ -183,12 +182,7 @@ def train_run(
                   f"{len(held)} validation clips choose the checkpoint")
         trainer.transform = Augment(cfg, build_frontend(cfg)).to(trainer.device)
         validation = Validation(fitted, held, cfg)
-        clips = ClipLoader(fitted, cfg)
-        try:
-            history = trainer.fit(clips, validation, validation.best_by)
-        finally: # also after too many of them: a new training leaves them out
-            if leader:
-                remember_unreadable(clips.skipped, load_source(out).place)
+        history = trainer.fit(ClipLoader(fitted, cfg), validation, validation.best_by)
         trainer.accelerator.wait_for_everyone()
         return whitened(out, cfg, lambda: parts, trainer.device, quiet), history
 

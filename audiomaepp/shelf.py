@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from shutil import disk_usage
 from typing import Any
 
@@ -36,6 +36,17 @@ def _locked(file) -> Iterator:
         fcntl.lockf(file, fcntl.LOCK_UN)
 
 
+def _open_of(place: tuple[str, int, int]): # binary file object, None if it is not there
+    "Open the nameless file of another process: its path, and the numbers of the device and of the file."
+    with suppress(OSError):
+        file = open(place[0], "r+b", buffering=0)
+        stat = os.fstat(file.fileno())
+        if (stat.st_dev, stat.st_ino) == tuple(place[1:]):
+            return file
+        file.close() # a process of another machine has this name
+    return None
+
+
 def _write_at(file, data: bytes, first: int) -> int: # bytes that were written; fewer if the disk is full
     "Write bytes at a place of an open file, whose position other processes may move."
     try:
@@ -58,7 +69,9 @@ class Shelf:
     ):
         self.shape, self.file = (count, 2), tempfile.TemporaryFile(prefix="audiomaepp-", buffering=0)
         self.bands, self.most = bands, disk_usage(tempfile.gettempdir()).free // 2 if most is None else most
-        self.file.truncate(16 * count)
+        if _write_at(self.file, bytes(16 * count), 0) < 16 * count: # written, as a hole in a full disk ends the process
+            self.file.truncate(16 * count)
+            self.most = 0
         self._map()
 
     def _map(self):
@@ -66,24 +79,28 @@ class Shelf:
 
     def get(self, number: int) -> np.ndarray | None: # (rows, bands) float16; None if it is not kept
         "Return a kept array; its bytes are read when they are used."
-        first, rows = self.table[number].tolist()
-        if not first or not rows:
-            return None
-        return np.memmap(self.file, np.float16, "c", first, (rows, self.bands))
+        first, rows = self.table[number].tolist() if self.most else (0, 0)
+        with suppress(OSError): # of this file, not of the recording
+            return np.memmap(self.file, np.float16, "c", first, (rows, self.bands)) if first and rows else None
+        return None
 
     def __setitem__(self, number: int, array: np.ndarray): # (rows, bands) float16
         "Keep an array if there is room."
         data = array.tobytes()
-        with _locked(self.file):
-            first = os.fstat(self.file.fileno()).st_size
-            if first + len(data) > self.most:
-                return
-            if _write_at(self.file, data, first) < len(data):
-                self.file.truncate(first)
-                self.most = 0
-                return
-            self.table[number, 0] = first
-        self.table[number, 1] = len(array)
+        if not self.most:
+            return
+        try:
+            with _locked(self.file):
+                first = os.fstat(self.file.fileno()).st_size
+                if first + len(data) > self.most:
+                    return
+                if _write_at(self.file, data, first) < len(data):
+                    self.file.truncate(first)
+                    return
+                self.table[number, 0] = first
+            self.table[number, 1] = len(array)
+        except OSError: # a disk without locks
+            self.most = 0
 
     @property
     def place(self) -> tuple[str, int, int]: # path; numbers of the device and of the file
@@ -93,17 +110,10 @@ class Shelf:
 
     def join(self, place: tuple[str, int, int]) -> bool: # whether this was possible
         "Use the file of another process of this machine instead of this one."
-        try:
-            file = open(place[0], "r+b", buffering=0)
-        except OSError:
-            return False
-        stat = os.fstat(file.fileno())
-        if (stat.st_dev, stat.st_ino) != tuple(place[1:]):  # a process of another machine has this name
-            file.close()
-            return False
-        self.file = file
-        self._map()
-        return True
+        if (file := _open_of(place)) is not None:
+            self.file = file
+            self._map()
+        return file is not None
 
     def __getstate__(self):
         return dict(vars(self), file=None, table=None, place=self.place)

@@ -133,7 +133,6 @@ def open_source(
     cfg: Config, # sample rate, and seed of a random split
     quiet: bool = False, # whether the progress bar is hidden
     out: Path | None = None, # folder for skipped.csv if there are too few usable recordings
-    again: bool = False, # whether the run has begun, so that what its training could not decode stays
 ) -> Parts:
     "Return the usable recordings, split into a training part and a held-out part."
     from audiomaepp.data import NoRecordings, split, usable
@@ -147,7 +146,7 @@ def open_source(
         if numbers:
             recordings.table["_held_out"] = [i in set(rows) for i in range(len(recordings))]
         if source.data != "synthetic":
-            recordings = usable(recordings, source.place, quiet=quiet, all_headers=again)
+            recordings = usable(recordings, source.place, quiet=quiet)
         if numbers:
             rows = recordings.table.pop("_held_out").to_numpy(dtype=bool)
         if len(recordings) < 2:
@@ -201,12 +200,12 @@ class _Row(NamedTuple):
         size, modified = file_state(path)
         return str(size), str(modified)
 
-    def digest(self, whole: bool = True) -> str:
+    def digest(self, whole: bool = True, listed: bool = True) -> str: # whether the digest in a manifest will do
         "Return a digest of the file, or of its ends; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
         path, table = self.recordings.paths[self.i], self.recordings.table
-        if piece_of(path) and "digest" in table and isinstance(table["digest"].iat[self.i], str):
+        if listed and piece_of(path) and "digest" in table and isinstance(table["digest"].iat[self.i], str):
             return table["digest"].iat[self.i]  # of a manifest of shards: the same digest, made when they were written
         if is_file(path):
             with open_file(path) as file:
@@ -342,7 +341,7 @@ def open_again(
     "Return a run's recordings, split as before; raise a `ValueError` that names what has changed since."
     path = Path(run) / "data.json"
     source, facts = load_source(Path(run)), check_fields(read_json(path), dict(held_out=str, seed=int), path, ["seed"])
-    parts = open_source(source, cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run), again=True)
+    parts = open_source(source, cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run))
     train, test, protocol = parts
     where = f"the run in {run} began"
     if path.with_name("recordings.csv").exists():
@@ -371,4 +370,4 @@ def trained_on(
     kinds = {not _of_ends(digest) for digest in known} # of whole files, or of their ends
     with ThreadPoolExecutor() as pool:
         rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
-        return list(pool.map(lambda row: any(row.digest(kind) in known for kind in kinds), rows))
+        return list(pool.map(lambda row: any(row.digest(kind, kind) in known for kind in kinds), rows))

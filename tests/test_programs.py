@@ -172,7 +172,7 @@ def test_echo_on_two_processes_counts_the_steps_that_each_can_take():
     """A process that waits for a batch that never comes would hang the others."""
     cfg = unlabelled(echo=3)
     loader = ClipLoader(generated(n=40, seed=6, seconds=0.5), cfg)  # five batches: each process loads two
-    two = SimpleNamespace(count=2, rank=1)
+    two = SimpleNamespace(count=2, rank=1, gather=lambda value: [value, value])
     assert _Batches(loader, cfg, two, 2).per_epoch == 6
     loader.set_epoch(0, start=2 * 4, rank=1, world_size=2)
     assert len(list(loader)) == 2  # four of six are done

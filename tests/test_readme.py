@@ -56,10 +56,11 @@ def test_from_a_folder_to_a_map(home, capsys):
 def test_the_commands_without_a_training_run(home, capsys):
     text = next(block for block in blocks("sh") if "--init starter" in block)
     lines = [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
-    assert [line[0] for line in lines] == ["map", "search", "embed", "train"]
+    assert [line[0] for line in lines] == ["map", "search", "embed", "train", "embed"]
     for line in lines:
         cli.main([*line, "--epochs", "1"] if line[0] == "train" else line)
     assert "generated sounds alone" in capsys.readouterr().out and len(pd.read_parquet("embeddings.parquet")) == 15
+    assert len(pd.read_parquet("words.parquet")) == 15
 
 
 def test_every_shell_command_parses_and_runs(home, capsys):
