@@ -288,7 +288,8 @@ def test_settings_glide_to_their_places_and_bring_their_numbers_and_neighbors(op
         document.querySelector('input[value="1"]').click(); look(); })""")
     )  # positions of the first clip, frame by frame
     way = np.linalg.norm(np.subtract(seen, PLACES["plain"][0]), axis=1)
-    assert (np.diff(way) >= -1e-6).all() and ((way > 0) & (way < np.linalg.norm(PLACES["both"][0] - GRID[0]))).any()
+    forward = np.diff(way) >= -1e-4 * way[-1]  # a frame's time may lie just before that of the click
+    assert forward.all() and ((way > 0) & (way < np.linalg.norm(PLACES["both"][0] - GRID[0]))).any()
     shown.settle()
     shown.wait(f"Math.abs(e.position[0] - {PLACES['both'][0, 0]}) < 1e-5")
     np.testing.assert_allclose(np.reshape(shown.js("e.position"), (N, 2)), PLACES["both"])
