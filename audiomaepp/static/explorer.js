@@ -192,8 +192,8 @@ export function mount(el, payload, callbacks = {}) {
   function draw(time) {
     frame = 0;
     if (glide) {
-      const past = time - glide.start;
-      const s = Math.min(1, past / glide.lasts);
+      const past = Math.max(0, time - glide.start); // a frame's time may lie before that of the click
+      const s = glide.lasts ? Math.min(1, past / glide.lasts) : 1;
       state.t = s < 0.5 ? 4 * s ** 3 : 1 - (-2 * s + 2) ** 3 / 2;
       const left = 1 - Math.max(0, past - glide.lasts - 1200) / 1500; // trails stay a moment, then fade
       trail = Math.min(0.5, 12 / Math.sqrt(n)) * (state.trails ? 1 : Math.max(0, Math.min(1, left)));
