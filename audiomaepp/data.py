@@ -33,8 +33,8 @@ from audiomaepp.audio import (
 )
 from .datasets import DATASETS, get_dataset
 from .files import naming, printable, read_parquet, shown, write_atomic
-from .headers import headers_of, in_threads
-from .pieces import file_state, shard_numbers
+from .headers import headers_of, in_threads, state_of
+from .pieces import shard_numbers
 from .tables import _text, _with_paths, html_table, paths_of, render, text_table
 
 if TYPE_CHECKING:
@@ -779,14 +779,6 @@ def drop_unreadable(
 _DENSEST = 32 # bytes of decoded samples for each byte of a file with the strongest usual compression
 
 
-def _bytes(path: str) -> int: # 0 if the file is missing
-    "Return the size of a recording."
-    try:
-        return file_state(path)[0]
-    except OSError:
-        return 0
-
-
 def usable(
     recordings: Recordings, # recordings to check
     place: str = "", # absolute path or address of the set, under which its headers are kept; empty: they are not
@@ -797,7 +789,7 @@ def usable(
     r = recordings
     if shard_numbers(r.paths) is not None and "seconds" in r.table and r.table["seconds"].notna().all():
         return r
-    sizes = accumulate(map(_bytes, r.paths))
+    sizes = accumulate(state_of(path)[0] for path in r.paths)
     if any(wave is not None for wave in r.waves) or all(total <= keep / _DENSEST for total in sizes):
         return drop_unreadable(r, keep, quiet=quiet)
     headers = headers_of(r.paths, place, quiet)

@@ -51,7 +51,7 @@ def _header(
     return (seconds, "") if seconds > 0 else (math.nan, "holds no samples")
 
 
-def _state(path: str) -> tuple[int, int]: # bytes, modification time (ns); (-1, -1) if the file is missing
+def state_of(path: str) -> tuple[int, int]: # bytes, modification time (ns); (-1, -1) if the file is missing
     "Return the state of a recording."
     try:
         return file_state(path)
@@ -59,7 +59,7 @@ def _state(path: str) -> tuple[int, int]: # bytes, modification time (ns); (-1, 
         return -1, -1
 
 # %% ../nbs/headers.ipynb #ec009f2a
-_COLUMNS = {"size": np.int64, "modified": np.int64, "seconds": np.float64, "reason": object}
+_COLUMNS = {"size": np.int64, "modified": np.int64, "seconds": np.float64}
 
 
 def _kept_in(place: str) -> Path: # Parquet file, which need not exist
@@ -67,7 +67,7 @@ def _kept_in(place: str) -> Path: # Parquet file, which need not exist
     return data_home() / "headers" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.parquet"
 
 
-def _kept(file: Path): # DataFrame: size, modified, seconds, reason, by path
+def _kept(file: Path): # DataFrame: size, modified, seconds, by path
     "Return the headers in a file; of a file that is missing or damaged, none."
     import pandas as pd
 
@@ -98,18 +98,16 @@ def headers_of(
     import pandas as pd
 
     names = pd.Index([os.fsencode(path) for path in paths], dtype=object)
-    states = np.array(list(in_threads(_state, paths)), np.int64).reshape(-1, 2)
+    states = np.array(list(in_threads(state_of, paths)), np.int64).reshape(-1, 2)
     kept = _kept(_kept_in(place))
     at, before = kept.index.get_indexer(names), kept[["size", "modified"]].to_numpy(np.int64)
     new = np.flatnonzero((np.vstack([before, [[-2, -2]]])[at] != states).any(1))
-    seconds, reasons = (kept[name].to_numpy(object)[at] if len(kept) else np.empty(len(names), object)
-                        for name in ("seconds", "reason"))
+    seconds, reasons = np.append(kept["seconds"].to_numpy(), math.nan)[at], np.full(len(names), "", object)
     found = in_threads(_header, [paths[i] for i in new], "" if quiet else "reading headers")
     for i, header in zip(new, found, strict=True):
         seconds[i], reasons[i] = header
-    columns = dict(size=states[:, 0], modified=states[:, 1], seconds=seconds.astype(float), reason=reasons)
-    table = pd.DataFrame(columns, index=names)
-    if len(new) and place:
-        good = table[~names.duplicated() & (table["reason"] == "").to_numpy()] # a disk that was away may come back
-        _keep(pd.concat([kept[~kept.index.isin(names)], good]), _kept_in(place))
-    return table.reset_index(drop=True)
+    table = pd.DataFrame(dict(size=states[:, 0], modified=states[:, 1], seconds=seconds), index=names)
+    good = reasons == "" # the others are read again: a disk that was away may come back
+    if place and good[new].any():
+        _keep(pd.concat([kept[~kept.index.isin(names)], table[good & ~names.duplicated()]]), _kept_in(place))
+    return table.assign(reason=reasons).reset_index(drop=True)

@@ -1,5 +1,6 @@
 """Log spectra that are computed once and augmented: the same sounds, the same faults, the same run after a resume."""
 
+import errno
 import math
 import os
 import tempfile
@@ -17,7 +18,7 @@ from audiomaepp.data import Recordings, drop_unreadable, open_recordings
 from audiomaepp.embed import fingerprint
 from audiomaepp.features import build_frontend, frames_of_clip, log_clip, log_recording
 from audiomaepp.model import AudioMAEPlusPlus
-from audiomaepp.synthetic import synthesize
+from audiomaepp.synthetic import generated, synthesize
 from audiomaepp.train import Trainer
 
 HOP, FRAMES = 160, 96
@@ -277,15 +278,33 @@ def test_workers_compute_each_spectrum_once_for_all(folder):
     assert small._batches.num_workers == 0
 
 
-def test_a_full_disk_costs_time_and_no_recording(folder, monkeypatch):
+@pytest.mark.parametrize("room", [0, 16 * 16, 16 * 16 + 50_000])
+def test_a_full_disk_costs_time_and_no_recording(folder, monkeypatch, room):
     """A cache that found no room ended the training; what cannot be kept is computed again."""
-    recordings, cfg = open_recordings(folder), config(batch_size=4, **CACHED)
+    recordings, cfg, plain = open_recordings(folder), config(batch_size=4, **CACHED), shelf._write_at
     before = batches_of(recordings, cfg)
-    written = []
-    monkeypatch.setattr(shelf, "_write_at", lambda file, data, first: written.append(first) or 0)
+    monkeypatch.setattr(shelf, "_write_at", lambda file, data, first: plain(file, data[: max(0, room - first)], first))
     loader = ClipLoader(recordings, cfg)
     assert same(list(loader), before) and same(list(loader), before) and not loader.skipped
-    assert len(written) == 1, "the first failure is enough"
+    kept = sum(loader._batches.dataset.cut.shelf.get(row) is not None for row in range(16))
+    assert 0 < kept < 16 if room > 16 * 16 else kept == 0
+
+
+def test_a_disk_without_locks_is_no_fault_of_the_recordings(folder, monkeypatch):
+    """Every recording was listed as one that cannot be read."""
+    def refused(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    recordings, cfg = open_recordings(folder), config(batch_size=4, **CACHED)
+    before = batches_of(recordings, cfg)
+    monkeypatch.setattr(shelf, "_locked", refused)
+    loader = ClipLoader(recordings, cfg)
+    assert same(list(loader), before) and not loader.skipped
+
+
+def test_generated_sounds_are_not_kept_in_the_memory_of_each_worker():
+    cfg = config(views=1, num_workers=2, **CACHED)
+    assert isinstance(ClipLoader(generated(20, 3, 1.0), cfg)._batches.dataset.cut.shelf, shelf.Shelf)
 
 
 # ---- faults and resume

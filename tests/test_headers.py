@@ -12,7 +12,8 @@ import soundfile
 
 from audiomaepp import Run, data, headers, source
 from audiomaepp.data import open_recordings, usable
-from audiomaepp.source import Source, open_source, trained_on
+from audiomaepp.shards import shard
+from audiomaepp.source import trained_on
 
 TINY = dict(
     embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, batch_size=8, warmup_epochs=0,
@@ -86,6 +87,9 @@ def test_headers_are_read_once(folder, home, monkeypatch):
     os.utime(paths[4], ns=(1, 1))
     headers.headers_of([*paths, "missing.wav"], str(folder), quiet=True)
     assert read[2:] == [*sorted({paths[4], empty}, key=paths.index), "missing.wav"]
+    written = {file: file.stat().st_mtime_ns for file in home.iterdir()}
+    headers.headers_of(paths, str(folder), quiet=True)  # nothing new: of a million files, nothing is written again
+    assert written == {file: file.stat().st_mtime_ns for file in home.iterdir()}
     for file in home.iterdir():  # a damaged file of headers is no error: they are read again
         file.write_bytes(b"PAR1")
     read.clear()
@@ -112,16 +116,11 @@ def test_a_run_on_a_large_set_notices_other_contents(folder, large, tmp_path):
     sounds = [Path(path).read_bytes() for path in (folder / "b/05.flac", folder / "a/00.flac")]
     for name, sound in zip(("copy.flac", "held.flac"), sounds, strict=True):
         (tmp_path / "other" / name).write_bytes(sound)
-    assert trained_on(run.path, open_recordings(tmp_path / "other")) == [True, False]
+    shard(tmp_path / "other", tmp_path / "shards", quiet=True)
+    for place in ("other", "shards"):  # a manifest lists digests of whole files
+        assert trained_on(run.path, open_recordings(tmp_path / place)) == [True, False]
     (folder / "b/05.flac").write_bytes(sounds[0])  # another time, the same contents
     run.resume(epochs=2, quiet=True)
     soundfile.write(folder / "b/05.flac", np.zeros(16000), 16000)
     with pytest.raises(ValueError, match=r"b/05\.flac has other contents"):
         run.resume(epochs=3, quiet=True)
-
-
-def test_every_process_opens_the_same_recordings(folder, large):
-    from audiomaepp.config import Config
-
-    one, two = (open_source(Source(str(folder)), Config.preset("nano"), quiet=True) for _ in range(2))
-    assert one.train.paths == two.train.paths and one.train.table["seconds"].tolist() == [1.0] * len(one.train)
