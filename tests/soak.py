@@ -334,7 +334,7 @@ def vanishing(base: Path, trials: int, rng: random.Random, tally: Tally):
     "Some or all files go while a set too large for memory is trained on: listed, or stopped with a list."
     import audiomaepp.data as loading
 
-    keep = loading.drop_unreadable
+    usable = loading.usable
 
     for trial in range(trials):
         data, out = base / "vanishing", base / "trial"
@@ -345,12 +345,13 @@ def vanishing(base: Path, trials: int, rng: random.Random, tally: Tally):
         gone = rng.sample(files, rng.choice([1, len(files) // 2, len(files)]))
 
         def work(data=data, out=out, gone=gone):
-            def lose(recordings, **options):
-                found = keep(recordings, keep=0, **options)
+            def lose(*args, **options):
+                found = usable(*args, **options | dict(keep=1))  # bytes: its headers are read, and nothing is decoded
                 threading.Timer(0.5, lambda: [path.unlink() for path in gone]).start()
                 return found
 
-            loading.drop_unreadable = lose
+            loading.usable = lose
+            os.environ["AUDIOMAEPP_DATA"] = str(base / "home")
             main(["train", "--data", str(data), "--out", str(out), "--epochs", "40", *TINY])
 
         ended = run(base, work)
