@@ -329,7 +329,7 @@ class Embed(Command):
     model: tyro.conf.Positional[str] = "starter" # folder of a run or of save_pretrained, or a repository of the Hub
     data: str = field(kw_only=True) # folder or table of sounds
     out: str = "embeddings.parquet" # Parquet file: path, label, …, embedding
-    pooling_mode: str | None = None # cls, mean, cls+mean, frame or frame+std; the model's own by default
+    pooling_mode: str | None = None # cls, mean, cls+mean, frame, frame+std or frame+std+slope; default: the model's
     windows: bool = False # a row for each window of a recording, not one for the whole
     hop_seconds: float | None = None # from one window to the next; a whole window by default
     precision: Literal["fp32", "bf16"] = "fp32" # bf16 is faster on recent hardware; vectors keep about three digits
@@ -622,7 +622,7 @@ class Lab(Command):
     axis: tyro.conf.UseAppendAction[tuple[str, ...]] = () # setting and values: mask_ratio=0.5,0.75; may be repeated
     losses: bool = False # the four loss settings at each point of the axes; alone, without any axis
     seeds: tuple[int, ...] = () # train each setting once with each of these; --seed by default
-    pooling: tuple[str, ...] = () # embed each model in several ways: mean cls cls+mean frame frame+std
+    pooling: tuple[str, ...] = () # embed each model in several ways: mean cls cls+mean frame frame+std frame+std+slope
     preset: str = "nano" # settings to start from; --preset without a name lists them all
     out: str = "" # folder; runs/lab- and a name made from the data and the settings by default
     color: str = "label" # column that colors maps.png: label, fold, speaker, pitch, …

@@ -203,6 +203,9 @@ class _Masking(_Image):
         return visible * (self.num_patches // units)
 
 # %% ../nbs/00_config.ipynb #857f00a6
+POOLING_MODES = ("cls", "mean", "cls+mean", "frame", "frame+std", "frame+std+slope")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Losses(_Model, _Image):
     "Embedding losses and pooling"
@@ -216,7 +219,7 @@ class _Losses(_Model, _Image):
     embedding_norm: Literal["none", "batch"] = "none" # normalization before both losses; batch: standardized channels
     use_labels: bool = True # positives: clips of one class, where labels are known; False: two views of a clip
     views: int = 1 # augmented versions of each clip for the contrastive loss: 1 or 2
-    pooling_mode: Literal["cls", "mean", "cls+mean", "frame", "frame+std"] = "mean" # how tokens become a vector
+    pooling_mode: Literal[*POOLING_MODES] = "mean" # how tokens become a vector
     mask_padding: bool = True # leave the padding of a short clip out of its embedding; False counts it as silence
     grid_shifts: int = 1 # number of shifts of the patch grid along time that an embedding averages over
 
@@ -238,11 +241,9 @@ class _Losses(_Model, _Image):
         return self._pooled(self.pooling_mode)
 
     def _pooled(self, mode: str) -> int:
-        bands = self.grid_size[1]
-        return self.embed_dim * {"cls+mean": 2, "frame": bands, "frame+std": 2 * bands}.get(mode, 1)
+        parts = mode.count("+") + 1
+        return self.embed_dim * parts * (self.grid_size[1] if mode.startswith("frame") else 1)
 
-
-POOLING_MODES = get_args(inspect.get_annotations(_Losses)["pooling_mode"])
 
 # %% ../nbs/00_config.ipynb #00a00002
 @dataclass(frozen=True, kw_only=True)

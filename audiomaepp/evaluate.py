@@ -32,7 +32,7 @@ def _matrix(
     if x.ndim != 2 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (clips, dimensions) with at least one of each, "
                          f"got {tuple(x.shape)}; use one row for each clip")
-    bad = (~x.isfinite()).any(1).nonzero().flatten().tolist()
+    bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"{name} must hold finite numbers, got NaN or infinity in {len(bad)} of {len(x)} rows "
                          f"(first: row {bad[0]}); leave these clips out, or find where training diverged")
@@ -68,9 +68,44 @@ def _labeled(
     if not known.any():
         raise ValueError(f"{name}_y must label at least one clip, got {len(y)} unlabeled clips; "
                          "use evaluate_embeddings, which gives the scores that need no labels")
-    return x[torch.from_numpy(known)], y[known]
+    return (x, y) if known.all() else (x[torch.from_numpy(known)], y[known])  # a million rows are not copied
 
 # %% ../nbs/21_evaluate.ipynb #4d5573e6
+BLOCK = 16384  # rows that are in float64 at a time: all rows of a large set would need twice the memory of the set
+
+
+def _scaling(
+    x: torch.Tensor, # (n, D) embeddings
+) -> tuple[torch.Tensor, torch.Tensor]: # (D,) mean and (D,) factor, float64
+    "Return what standardizes embeddings. In float64, because float32 sums lose small differences of large values."
+    mean = sum(some.double().sum(0) for some in x.split(BLOCK)) / len(x)
+    std = (sum((some.double() - mean).square().sum(0) for some in x.split(BLOCK)) / len(x)).sqrt()
+    return mean, torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0.0)
+
+
+def _scaled(
+    x: torch.Tensor, # (m, D) embeddings
+    mean: torch.Tensor, # (D,)
+    scale: torch.Tensor, # (D,)
+) -> torch.Tensor: # (m, D) float32
+    "Return standardized embeddings."
+    out = torch.empty_like(x, dtype=torch.float32)
+    for some, into in zip(x.split(BLOCK), out.split(BLOCK), strict=True):
+        into.copy_((some.double() - mean) * scale)
+    return out
+
+
+def _check_width(
+    x: torch.Tensor, # (m, D) embeddings
+    width: int, # required D
+    name: str, # name of the argument, for the error message
+):
+    "Raise `ValueError` unless embeddings have the dimensions of the training clips' embeddings."
+    if x.shape[1] != width:
+        raise ValueError(f"{name} must have the {width} dimensions of train_x, got {x.shape[1]}; "
+                         "use embeddings of one model")
+
+
 def standardize(
     train_x, # (n, D) embeddings that set mean and scale
     *others, # more (m, D) embeddings, scaled with the same numbers
@@ -79,14 +114,9 @@ def standardize(
     names = ["train_x", *(f"matrix {i}" if len(others) > 1 else "test_x" for i in range(2, len(others) + 2))]
     xs = [_matrix(x, name) for x, name in zip((train_x, *others), names, strict=True)]
     for name, x in zip(names, xs, strict=True):
-        if x.shape[1] != xs[0].shape[1]:
-            raise ValueError(f"{name} must have the {xs[0].shape[1]} dimensions of train_x, got {x.shape[1]}; "
-                             "use embeddings of one model")
-    # float64, because float32 sums lose small differences between large values
-    mean, std = xs[0].double().mean(0), xs[0].double().std(0, correction=0)
-    scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0.0)
-    # in blocks: a million rows of float64 take twice the memory of the rows themselves
-    return [torch.cat([((some.double() - mean) * scale).float() for some in x.split(65536)]).numpy() for x in xs]
+        _check_width(x, xs[0].shape[1], name)
+    how = _scaling(xs[0])
+    return [_scaled(x, *how).numpy() for x in xs]
 
 # %% ../nbs/21_evaluate.ipynb #67894842
 def _vote(
@@ -105,7 +135,7 @@ def nearest_rows(
     test_x, # (m, D) embeddings of other clips
     k: int = 10, # number of neighbors; all training clips if it is larger than their number
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
-    chunk: int | None = None, # number of other clips that are compared at a time; as many as 256 MB hold if None
+    chunk: int | None = None, # number of other clips that are compared at a time; as many as 64 MB hold if None
 ) -> torch.Tensor:
     "Return (m, k) row numbers of the training clips nearest (cosine) to each other clip, nearest first."
     if k < 1:
@@ -113,8 +143,8 @@ def nearest_rows(
     train_x, test_x = _matrix(train_x, "train_x"), _matrix(test_x, "test_x")
     if standardized:
         train_x, test_x = map(torch.from_numpy, standardize(train_x, test_x))
-    keys, k = F.normalize(train_x, dim=1), min(k, len(train_x))
-    chunk = chunk or max(1, min(1024, 2**26 // len(keys))) # 4 bytes each
+    keys = F.normalize(train_x, dim=1, out=train_x if standardized else None)  # a copy of its own may be changed
+    k, chunk = min(k, len(keys)), chunk or max(1, min(1024, 2**24 // len(keys)))  # 4 bytes each
     return torch.cat([(F.normalize(x, dim=1) @ keys.T).topk(k).indices for x in test_x.split(chunk)])
 
 # %% ../nbs/21_evaluate.ipynb #21e00002
@@ -124,7 +154,7 @@ def knn_predict(
     test_x, # (m, D) embeddings of the clips to classify
     k: int = 10, # neighbors that vote; all training clips if it is larger than their number
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
-    chunk: int | None = None, # number of held-out clips that are compared at a time; as many as 256 MB hold if None
+    chunk: int | None = None, # number of held-out clips that are compared at a time; as many as 64 MB hold if None
 ) -> np.ndarray:
     "Return the (m,) labels that the `k` nearest training clips (cosine) give to the held-out clips."
     train_x, train_y = _labeled(train_x, train_y, "train")
@@ -171,39 +201,52 @@ def _inner_split(
 
 # %% ../nbs/21_evaluate.ipynb #e892806a
 def _fit_softmax(
-    x: torch.Tensor, # (n, D) float64, standardized
+    x: torch.Tensor, # (n, D), standardized
     codes: torch.Tensor, # (n,) classes 0 .. C-1
     l2: float, # strength of the penalty
     start: torch.Tensor, # (D + 1, C) initial weights; the last row is the bias
     tolerance: float = 1e-5, # largest gradient at which the fit ends
 ) -> torch.Tensor:
     "Return the (D + 1, C) weights of a softmax regression; the last row is the bias, which has no penalty."
-    weight = start.clone().requires_grad_()
+    weight, x = start.clone().requires_grad_(), x.double() if len(x) <= BLOCK else x
     optimizer = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=tolerance, tolerance_change=1e-12,
                                   history_size=10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(torch.addmm(weight[-1], x, weight[:-1]), codes) + l2 / 2 * weight[:-1].square().sum()
-        loss.backward()
-        return loss
+        parts = [l2 / 2 * weight[:-1].square().sum()]
+        parts[0].backward()
+        for some, of in zip(x.split(BLOCK), codes.split(BLOCK), strict=True):
+            logits = torch.addmm(weight[-1], some.double(), weight[:-1])
+            parts.append(F.cross_entropy(logits, of, reduction="sum") / len(x))
+            parts[-1].backward()
+        return torch.stack(parts).detach().sum()
 
     with torch.enable_grad(): # callers are often inside no_grad
         optimizer.step(closure)
     return weight.detach()
 
 # %% ../nbs/21_evaluate.ipynb #3bf53c52
+def _logits(
+    x: torch.Tensor, # (m, D), standardized
+    weight: torch.Tensor, # (D + 1, C) float64; the last row is the bias
+) -> torch.Tensor: # (m, C) float64
+    "Return unnormalized log-probabilities."
+    return torch.cat([some.double() @ weight[:-1] + weight[-1] for some in x.split(BLOCK)])
+
+
 def _choose_penalty(
-    x: torch.Tensor, # (n, D) float64, standardized
+    x: torch.Tensor, # (n, D), standardized
     codes: torch.Tensor, # (n,) classes 0 .. C-1
     aside: torch.Tensor, # (n,) True for the clips to choose on
     start: torch.Tensor, # (D + 1, C) initial weights of the first fit
 ) -> tuple[dict[float, float], torch.Tensor]:
     "Return the cross-entropy on the clips kept aside for each penalty tried, and the weights of the best."
     tried, weight, best = {}, start, start
+    fitted, kept = x[~aside], x[aside]
     for l2 in (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        weight = _fit_softmax(x[~aside], codes[~aside], l2, weight, tolerance=1e-4)
-        tried[l2] = float(F.cross_entropy(x[aside] @ weight[:-1] + weight[-1], codes[aside]))
+        weight = _fit_softmax(fitted, codes[~aside], l2, weight, tolerance=1e-4)
+        tried[l2] = float(F.cross_entropy(_logits(kept, weight), codes[aside]))
         if tried[l2] > min(tried.values()):
             break
         best = weight
@@ -216,7 +259,7 @@ class LinearProbe:
 
     names: np.ndarray # (C,) label of each output
     weight: torch.Tensor # (D + 1, C) float64; the last row is the bias
-    train_x: np.ndarray # (n, D) embeddings that set mean and scale
+    scaling: tuple[torch.Tensor, torch.Tensor] # (D,) mean and (D,) factor of each dimension
     l2: float # strength of the penalty
     tried: dict[float, float] # penalty → cross-entropy on the clips kept aside; empty if the penalty was given
 
@@ -225,8 +268,9 @@ class LinearProbe:
         x, # (m, D) embeddings
     ) -> torch.Tensor:
         "Return (m, C) unnormalized log-probabilities."
-        x = torch.from_numpy(standardize(self.train_x, x)[1]).double()
-        return x @ self.weight[:-1] + self.weight[-1]
+        x = _matrix(x, "test_x")
+        _check_width(x, len(self.weight) - 1, "test_x")
+        return _logits(_scaled(x, *self.scaling), self.weight)
 
     def predict(
         self,
@@ -247,16 +291,18 @@ def fit_probe(
     if l2 is not None and not l2 > 0:
         raise ValueError(f"l2 must be above 0, got {l2}; use 0.01, or None to choose it on the training clips")
     names, codes = np.unique(y, return_inverse=True)
-    x, codes = torch.from_numpy(standardize(raw)[0]).double(), torch.from_numpy(codes)
-    span = torch.linalg.qr(x.T).Q if x.shape[1] > len(x) else None
-    x = x if span is None else x @ span
-    aside, tried, weight = _inner_split(codes, seed=seed), {}, x.new_zeros(x.shape[1] + 1, len(names))
+    scaling, codes = _scaling(raw), torch.from_numpy(codes)
+    x = _scaled(raw, *scaling)
+    span = torch.linalg.qr(x.double().T).Q if x.shape[1] > len(x) else None
+    x = x if span is None else x.double() @ span
+    start = torch.zeros(x.shape[1] + 1, len(names), dtype=torch.float64)
+    aside, tried, weight = _inner_split(codes, seed=seed), {}, start
     if l2 is None and aside.any() and len(names) > 1:
         tried, weight = _choose_penalty(x, codes, aside, weight)
     l2 = l2 or min(tried, key=tried.get, default=1e-2) # the default: too few clips to keep any aside
     weight = _fit_softmax(x, codes, l2, weight)
     weight = weight if span is None else torch.cat([span @ weight[:-1], weight[-1:]])
-    return LinearProbe(names, weight, raw.numpy(), l2, tried)
+    return LinearProbe(names, weight, scaling, l2, tried)
 
 # %% ../nbs/21_evaluate.ipynb #89891059
 def linear_probe(

@@ -67,36 +67,49 @@ def _on_grid(
     return full.scatter(1, ids_keep[..., None].expand_as(tokens), tokens), empty.scatter(1, ids_keep, padding)
 
 
+# %% ../nbs/03_pooling.ipynb #be34b789
+def _slope(
+    frames: torch.Tensor, # (B, T, D) one vector per frame
+    key_padding_mask: torch.Tensor | None = None, # (B, T, D) True for what does not count; None: all counts
+) -> torch.Tensor: # (B, D)
+    "Return how much each number rises over the clip, along a straight line fitted by least squares."
+    time = torch.arange(frames.shape[1], device=frames.device, dtype=frames.dtype)[:, None].expand_as(frames)
+    time = time - _mean(time, key_padding_mask)[:, None]
+    variance = _mean(time.square(), key_padding_mask)
+    return _mean(time * frames, key_padding_mask) * (12 / variance.clamp(min=1e-6)).sqrt()  # T² = 12 variance + 1
+
 # %% ../nbs/03_pooling.ipynb #85ec9c7f
 def _frame_statistics(
     latent: torch.Tensor, # (B, 1+N, D) encoder output, CLS first
-    deviation: bool, # whether the standard deviation over time follows the mean
+    mode: str, # "frame", "frame+std" or "frame+std+slope"
     grid_size: tuple[int, int], # (T, F): number of patches along time and along frequency
     key_padding_mask: torch.Tensor | None = None, # (B, N) True for patches that do not count
     ids_keep: torch.Tensor | None = None, # (B, N) place of each token; None: all places of the grid, in order
-) -> torch.Tensor: # (B, F*D), or (B, 2F*D) with the deviation
-    "Return the mean over time of each band's tokens, and their standard deviation."
+) -> torch.Tensor: # (B, F*D), (B, 2F*D) or (B, 3F*D)
+    "Return the mean over time of each band's tokens, their standard deviation, and their slope."
     if ids_keep is not None:
         tokens, key_padding_mask = _on_grid(latent[:, 1:], ids_keep, grid_size, key_padding_mask)
         latent = torch.cat([latent[:, :1], tokens], dim=1)
     frames = frame_embeddings(latent, grid_size)  # (B, T, F*D)
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask.unflatten(1, tuple(grid_size)).repeat_interleave(latent.shape[2], dim=2)
-    mean = _mean(frames, key_padding_mask)
-    if not deviation:
-        return mean
-    variance = _mean((frames - mean[:, None]).square(), key_padding_mask)
-    return torch.cat([mean, (variance + 1e-6).sqrt()], dim=-1)  # the root of 0 has no gradient
+    parts = [_mean(frames, key_padding_mask)]
+    if "std" in mode:
+        variance = _mean((frames - parts[0][:, None]).square(), key_padding_mask)
+        parts.append((variance + 1e-6).sqrt())  # the root of 0 has no gradient
+    if "slope" in mode:
+        parts.append(_slope(frames, key_padding_mask))
+    return torch.cat(parts, dim=-1)
 
 
 # %% ../nbs/03_pooling.ipynb #85ec9c81
 def extract_embeddings(
     latent: torch.Tensor, # (B, 1+N, D) encoder output, CLS first
-    mode: str = "mean", # pooling mode: "cls", "mean", "cls+mean", "frame" or "frame+std"
+    mode: str = "mean", # pooling mode, one of `POOLING_MODES`
     grid_size: tuple[int, int] | None = None, # (T, F), number of patches along time and frequency; for frame modes
     key_padding_mask: torch.Tensor | None = None, # (B, N) True for patches of padding, which no mean includes
     ids_keep: torch.Tensor | None = None, # (B, N) place of each token if some are hidden; for frame modes
-) -> torch.Tensor: # (B, D); (B, 2D) for "cls+mean", (B, F*D) for "frame", (B, 2F*D) for "frame+std"
+) -> torch.Tensor: # (B, D); (B, 2D) for "cls+mean", F·D more for each of "frame", "std" and "slope"
     """Return one vector per clip.
 
     Raises `ValueError` for an unknown mode, a missing or wrong grid, or a latent without the required tokens.
@@ -111,7 +124,7 @@ def extract_embeddings(
     if mode.startswith("frame"):
         if grid_size is None:
             raise ValueError(f"grid_size must be (frames, bands) for mode {mode!r}, got None; use Config.grid_size")
-        return _frame_statistics(latent, mode == "frame+std", grid_size, key_padding_mask, ids_keep)
+        return _frame_statistics(latent, mode, grid_size, key_padding_mask, ids_keep)
     parts = {"cls": latent[:, 0], "mean": _mean(latent[:, 1:], key_padding_mask)}
     return torch.cat([parts[part] for part in mode.split("+")], dim=-1)
 

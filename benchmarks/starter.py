@@ -17,8 +17,9 @@ are not used. watch.csv has a line for each look.
 
 The third command scores the trained model once: every fold or speaker held out, beside the statistics, the untrained
 network and chance, and writes scores.json, in which the model has the name of its folder. The model's read-out is its
-preset's; its whitening is fitted to generated clips. The fourth writes it in half precision, with a card, as the
-package brings it, and prints the cosine between the vectors before and after.
+preset's; its whitening is fitted to generated clips. --pooling MODE adds another read-out, not whitened. The fourth
+writes it in half precision, with a card, as the package brings it, and prints the cosine between the
+vectors before and after.
 
 Ablations: --without SOURCE leaves sources out (of a pool: all programs with a layer of one), --takes 1 contrasts two
 augmented copies of one take instead of two takes, --strength moves the numbers of a program more or less from take to
@@ -40,7 +41,7 @@ from quality import baselines, column_of, mean_and_spread, opened
 from trial import READ_OUTS, parsed
 
 from audiomaepp.batches import Augment, ClipLoader
-from audiomaepp.config import Config
+from audiomaepp.config import POOLING_MODES, Config
 from audiomaepp.data import Recordings, drop_unreadable
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.evaluate import evaluate_embeddings
@@ -261,9 +262,10 @@ def score(args):
     for source in args.score:
         recordings, names = sounds_of(source, model.cfg.sample_rate)
         y, table = np.concatenate([some.labels for some in recordings]), report.get(Path(source).stem, {})
-        for name, each in ((out.name, model), (UNTRAINED, untrained(model.cfg))):
+        scored = [(out.name, model, None), (UNTRAINED, untrained(model.cfg), None)]
+        for name, each, mode in [*scored, *[(f"{out.name}, {mode}", model, mode) for mode in args.pooling]]:
             embed, rows = EmbeddingGenerator(each).embed_recordings, []
-            x = np.concatenate([embed(some)[0] for some in recordings])
+            x = np.concatenate([embed(some, mode)[0] for some in recordings])
             for part in ["new seed"] if source == "synthetic" else np.unique(names):
                 held = names == part
                 train, test = whitened(x[~held], x[held]) if each is not model else (x[~held], x[held])
@@ -329,6 +331,7 @@ def main():
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
     parser.add_argument("--threads", type=int, help="of the training; default: what torch takes")
     parser.add_argument("--score", nargs="*", help="score the model on these sets instead of training it")
+    parser.add_argument("--pooling", nargs="*", default=[], choices=POOLING_MODES, help="further read-outs to score")
     parser.add_argument("--pack", help="folder for the trained model in half precision, instead of training it")
     args = parser.parse_args()
     args.programs = args.programs or args.clips

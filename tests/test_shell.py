@@ -15,7 +15,7 @@ import soundfile
 
 import audiomaepp
 from audiomaepp import cli
-from audiomaepp.config import PRESETS
+from audiomaepp.config import POOLING_MODES, PRESETS
 from audiomaepp.synthetic import synthesize
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(audiomaepp.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -88,7 +88,7 @@ def test_mistakes_are_answered_without_torch(line, words):
         ("train --base-lr=much", "--base-lr must be a number, got much; audiomaepp train --help-all explains it"),
         ("lab sounds --seeds 0 one", "--seeds must be [INT [INT ...]], got 0 one; audiomaepp lab --help"),
         ("train --epochs", "--epochs must be followed by a value, got none; audiomaepp train --help"),
-        ("train --pooling-mode max", "--pooling-mode must be one of cls, mean, cls+mean, frame, frame+std, got max"),
+        ("train --pooling-mode max", f"--pooling-mode must be one of {', '.join(POOLING_MODES)}, got max"),
         ("train --set nonsense", "train has no option --set; did you mean"),
         ("train --qqq 3", "train has no option --qqq; audiomaepp train --help-all lists them"),
         ("train --mask-rato=0.5", "has no option --mask-rato; did you mean --mask-ratio?"),
