@@ -347,7 +347,7 @@ class Embed(Command):
         from audiomaepp.embed import EmbeddingGenerator
 
         path = Path(self.out).with_suffix(".skipped.csv")
-        how = dict(windows=self.windows, workers=self.workers, overwrite=self.overwrite, part=part)
+        how = dict(windows=self.windows, workers=self.workers, overwrite=self.overwrite, part=part, vectors=False)
         check_table(path, ("path", "reason"))
         device = self.device or own_gpu()
         generator = EmbeddingGenerator(self.model, device, hop_seconds=self.hop_seconds, precision=self.precision)
@@ -358,8 +358,7 @@ class Embed(Command):
             error.skipped.to_csv(path)
             raise
         skipped = table.attrs["skipped"]
-        size = len(table["embedding"].iat[0]) if len(table) else 0
-        count, new = table["path"].nunique(), table.attrs["new"]
+        size, count, new = table.attrs["dimensions"], table["path"].nunique(), table.attrs["new"]
         rows = f"{len(table)} windows, {size} numbers each" if self.windows else f"{size} numbers each"
         left = table.attrs.get("left", [])
         if part:

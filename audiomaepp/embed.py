@@ -41,6 +41,7 @@ from audiomaepp.store import (
     part_of,
     recording_state,
     row_states,
+    width_of,
 )
 from .weights import cpu_state
 
@@ -414,6 +415,7 @@ def embed_table(
     save_seconds: float = 60.0, # approximate seconds between two saves to `out`
     overwrite: bool = False, # whether to embed again what `out` holds already
     elsewhere: Mapping[str, tuple[int, int]] = {}, # path → state of what another table holds; it is skipped
+    vectors: bool = True, # whether the returned table has the embeddings, if they are in `out`
     **how, # workers and quiet, see `folder_rows`
 ): # DataFrame
     "Embed a table of recordings; skip those that `out` already holds."
@@ -431,6 +433,7 @@ def embed_table(
     if out is None:
         found = list(rows(done=()))
         table, new = joined(recordings, [row for one in found for row in one]), len(found)
+        dimensions = len(table["embedding"].iat[0]) if len(table) else 0
     else:
         store = EmbeddingStore(out, stream.notes(place), states, save_seconds, overwrite)
         with stopping() as stop, closing(store):
@@ -439,8 +442,8 @@ def embed_table(
                 store.add(found)
                 new += 1
         store.finish(recordings.table)
-        table = read_parquet(out)
-    table.attrs |= {"skipped": skipped, "new": new}
+        table, dimensions = read_parquet(out, without=() if vectors else ["embedding"]), width_of(out)
+    table.attrs |= {"skipped": skipped, "new": new, "dimensions": dimensions}
     return table
 
 # %% ../nbs/20_embed.ipynb #9b7e7443
@@ -676,12 +679,15 @@ class EmbeddingGenerator:
         save_seconds: float = 60.0, # approximate seconds between two saves to `out`
         overwrite: bool = False, # whether to embed again what `out` holds already
         part: tuple[int, int] | None = None, # number of this process, from 0, and of all that share the work on `out`
-    ): # DataFrame: the recordings' columns, start and end (s), embedding; `.attrs`: skipped (path, reason), new (count)
+        vectors: bool = True, # False: the result has no column embedding, which for a million rows takes gigabytes
+    ): # DataFrame: the recordings' columns, start, end (s), embedding; `.attrs`: skipped (path, reason), new, …
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
         With `part`, return the rows of this process; `.attrs["left"]` has the parts that are not complete yet.
         Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal."""
+        if out is None and not vectors:
+            raise ValueError("embeddings that are not returned need a file, got out=None and vectors=False; use out")
         return embed_source(self._stream(pooling_mode, windows), folder, out, part, self.place, save_seconds, overwrite,
-                            workers=workers, quiet=quiet)
+                            workers=workers, quiet=quiet, vectors=vectors)
 
 # %% ../nbs/20_embed.ipynb #20f00002
 def whiten_model(

@@ -450,13 +450,14 @@ def parquet_schema(
 def read_parquet(
     path: str | os.PathLike, # .parquet file
     need: Iterable[str] = (), # names of required columns
+    without: Iterable[str] = (), # names of columns that are not read
 ): # DataFrame
     "Return the table in a Parquet file; raise `ValueError` that names the file if it cannot be read."
     import pandas as pd
 
-    parquet_schema(path, need)
+    names = [name for name in parquet_schema(path, need).names if name not in without]
     with naming(path, "a Parquet table"), open(path, "rb") as file:  # pyarrow itself opens only names in UTF-8
-        return pd.read_parquet(file)
+        return pd.read_parquet(file, columns=names if without else None)
 
 # %% ../nbs/files.ipynb #f11e0123
 def check_archive(

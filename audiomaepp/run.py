@@ -752,7 +752,7 @@ def embed_with_starter(
 
     generator = EmbeddingGenerator(device=device)
     out = embeddings_path(Path("runs/starter"), os.path.abspath(data), fingerprint(generator.model))
-    generator.embed_folder(data, out, quiet=quiet)
+    generator.embed_folder(data, out, quiet=quiet, vectors=False)
     remove_outdated(Path("runs/starter"), fingerprint(generator.model))
     return out
 

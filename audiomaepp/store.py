@@ -364,6 +364,13 @@ def folder_of_part(
     return out.with_name(out.name + ".parts") / f"{number:05d}-of-{count:05d}"
 
 
+def width_of(
+    path: str | os.PathLike, # a table of embeddings
+) -> int: # 0 in an empty table
+    "Return how many numbers an embedding has; only a few are read."
+    return next((len(batch["embedding"][0]) for batch in _batches(Path(path), ["embedding"]) if len(batch)), 0)
+
+
 def row_states(
     path: Path, # a table of embeddings, if it exists
 ) -> dict[str, tuple[int, int]]: # path → state, of the recordings that it holds

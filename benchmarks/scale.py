@@ -10,7 +10,7 @@ are not counted. (`benchmarks/search.py --rows 1000000` searches a million rows.
 open         opens the set, for the first time in its process
 first step   from the beginning of a training until its first step is done
 load 960     960 clips of a training, decoded and collated into batches by one worker
-embed        the set to a Parquet file
+embed        the set to a Parquet file, as the command does: the vectors are not read again
 evaluate     kNN-10 and linear probe of vectors of 128 numbers, one in ten held out, ten classes
 search       ten nearest rows of a table of as many rows: the first search, and another one in a new process
 
@@ -112,7 +112,7 @@ def embed(folder, work):
     """Embed the set."""
     torch.manual_seed(0)
     generator = EmbeddingGenerator(AudioMAEPlusPlus(Config.preset("nano")).eval(), "cpu")
-    return lambda: generator.embed_folder(folder, work / "x.parquet", quiet=True)
+    return lambda: generator.embed_folder(folder, work / "x.parquet", quiet=True, vectors=False)
 
 
 def evaluate(folder, work):
