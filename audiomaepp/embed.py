@@ -421,6 +421,8 @@ def embed_table(
     "Embed a table of recordings; skip those that `out` already holds."
     if clash := [name for name in ADDED if name in recordings.table]:
         raise ValueError(f"recordings must have no column {clash[0]!r}, which is added here; rename the column")
+    if out is None and not vectors:
+        raise ValueError("embeddings that are not returned need a file, got out=None and vectors=False; use out")
     states = {p: recording_state(p, wave) for p, wave in zip(recordings.paths, recordings.waves, strict=True)}
     skipped = Skipped(recordings.skipped)
 
@@ -664,9 +666,8 @@ class EmbeddingGenerator:
         quiet: bool = True, # whether the progress bar is hidden
     ) -> tuple[np.ndarray, np.ndarray, Skipped]: # (n, D) vectors; (n,) numbers of the recordings; skipped recordings
         "Embed the recordings that can be decoded."
-        sounds, skipped = recordings.at_rate(self.cfg.sample_rate), Skipped()
-        decoded = decode_ahead(sounds, range(len(sounds)), quiet=quiet)
-        return *embed_each(self._stream(pooling_mode), decoded, skipping(skipped, sounds)), skipped
+        sounds, bad, stream = recordings.at_rate(self.cfg.sample_rate), Skipped(), self._stream(pooling_mode)
+        return *embed_each(stream, decode_ahead(sounds, range(len(sounds)), quiet=quiet), skipping(bad, sounds)), bad
 
     def embed_folder(
         self,
@@ -684,10 +685,8 @@ class EmbeddingGenerator:
         """Embed a folder; skip and list bad files; continue `out` where an earlier call stopped.
         With `part`, return the rows of this process; `.attrs["left"]` has the parts that are not complete yet.
         Raises `ValueError` if `out` holds other embeddings, `OutputError` if it is in use, `Stopped` after a signal."""
-        if out is None and not vectors:
-            raise ValueError("embeddings that are not returned need a file, got out=None and vectors=False; use out")
-        return embed_source(self._stream(pooling_mode, windows), folder, out, part, self.place, save_seconds, overwrite,
-                            workers=workers, quiet=quiet, vectors=vectors)
+        stream, how = self._stream(pooling_mode, windows), (self.place, save_seconds, overwrite)
+        return embed_source(stream, folder, out, part, *how, workers=workers, quiet=quiet, vectors=vectors)
 
 # %% ../nbs/20_embed.ipynb #20f00002
 def whiten_model(
