@@ -8,6 +8,7 @@ __all__ = ['UnreadableError', 'ClipLoader', 'Augment']
 # %% ../nbs/14_batches.ipynb #d2cc559a
 import itertools
 import math
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -236,13 +237,24 @@ def _leave_signals_to_the_trainer(worker: int):
 def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
     "Return PyTorch's loader of the scheduled batches."
     alone = clips.recordings.in_memory or clips.cut.keeps and not clips.takes and not SHARED
-    workers = 0 if alone else cfg.num_workers
+    workers = 0 if alone else max(0, cfg.num_workers)
     return DataLoader(
         clips, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0,
         timeout=cfg.loader_timeout if workers else 0, worker_init_fn=_leave_signals_to_the_trainer,
         collate_fn=partial(_collate, cut=clips.cut), pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(), # not torch's, whose random numbers must not change
     )
+
+# %% ../nbs/14_batches.ipynb #e9f48ffd
+def with_workers(
+    cfg: Config,
+    recordings: Recordings, # recordings of a training
+) -> Config: # with a number of loader workers
+    "Choose the number of loader workers if the config does not: all cores but one, for recordings not in memory."
+    if cfg.num_workers >= 0 or recordings.in_memory or not SHARED:
+        return cfg
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cfg.replace(num_workers=min(16, max(1, cores - 1)))
 
 # %% ../nbs/14_batches.ipynb #302facf6
 class ClipLoader:

@@ -695,10 +695,11 @@ def whiten_model(
     device: str | torch.device | None = None, # default: a GPU if there is one
     quiet: bool = True, # whether the progress bar is hidden
 ) -> AudioMAEPlusPlus: # the same model; `write` saves its whitening with the weights
-    "Fit the whitening of a model's embeddings to training clips, of generated ones to the first 5,000."
+    "Fit the whitening of a model's embeddings to training clips, at most 50,000 of them, of generated ones 5,000."
     model.whitening = None
-    if recordings.has_takes:
-        recordings = recordings.select(np.arange(min(len(recordings), 5000)))
+    n, most = len(recordings), 5000 if recordings.has_takes else 50_000
+    if n > most:
+        recordings = recordings.select(np.arange(most) * n // most)
     x, _, _ = EmbeddingGenerator(model, device).embed_recordings(recordings, quiet=quiet)
     model.whitening = fit_whitening(x).to(next(model.parameters()).device)
     return model

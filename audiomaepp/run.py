@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from audiomaepp.maps import AlignedMaps
     from audiomaepp.model import AudioMAEPlusPlus
     from audiomaepp.search import Hits
-    from audiomaepp.train import History
+    from audiomaepp.train import History, _Processes
 
 # %% ../nbs/40_run.ipynb #1a81a53b
 def is_main() -> bool:
@@ -89,6 +89,34 @@ def on_main(
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def open_alike(
+    processes: "_Processes", # those of a training
+    work: Callable[[], Parts], # opens its recordings
+) -> Parts:
+    "Open the recordings in every process; raise an error in all of them if one fails, or finds other recordings."
+    parts = error = None
+    try:
+        parts = work()
+    except (OSError, ValueError) as found:  # the others wait for this process
+        error = found
+    mine = (str(error), None, 0) if parts is None else ("", _contents(parts), sum(map(len, parts[:2])))
+    for rank, (reason, contents, n) in enumerate(said := processes.gather(mine)):
+        if reason and error is None:
+            raise ValueError(f"process {rank} cannot open the recordings: {reason}")
+        if error is None and contents != said[0][1]:
+            raise ValueError(f"all processes must open the same recordings, got {said[0][2]} in process 0 and {n} in "
+                             f"process {rank}; make the same files readable for all of them")
+    if error is not None:
+        raise error
+    return parts
+
+
+def _contents(parts: Parts) -> str:
+    "Return a digest of the names and the labels of recordings, in order."
+    rows = [f"{path}\t{label}" for part in parts[:2] for path, label in zip(part.paths, part.labels, strict=True)]
+    return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 @contextmanager
@@ -146,7 +174,7 @@ def train_run(
     command: str = "train", # command that the folder belongs to
 ) -> tuple["AudioMAEPlusPlus", "History"]: # best model, history
     "Train a model; write settings, a table of the sounds, checkpoints, history and the best model into `out`."
-    from audiomaepp.batches import Augment, ClipLoader
+    from audiomaepp.batches import Augment, ClipLoader, with_workers
     from audiomaepp.features import build_frontend
     from audiomaepp.train import Trainer
     from audiomaepp.validation import Validation, without_validation
@@ -165,13 +193,14 @@ def train_run(
                     print(f"already finished: {done} epochs; train longer with epochs={2 * done} (--epochs {2 * done})")
                 model = whitened(out, cfg, lambda: open_again(out, cfg, quiet), trainer.device, quiet)
                 return model, trainer.history
-            opened = open_again(out, cfg, quiet)
+            opened = open_alike(trainer.processes, lambda: open_again(out, cfg, quiet))
             on_main(lambda: claim(out, command, RUN_FILES, goes_on=True))
         else:
             on_main(lambda: _begin(out, command))
             trainer = Trainer(cfg, out_dir=out, quiet=quiet)
         leader = trainer.accelerator.is_main_process
-        parts = opened or open_source(source, cfg, quiet or not leader, out if leader else None)
+        place = out if leader else None
+        parts = opened or open_alike(trainer.processes, lambda: open_source(source, cfg, quiet or not leader, place))
         fitted, held = without_validation(parts.train, cfg.seed)
         if leader and not resume:
             cfg.save(out / "config.json")
@@ -182,7 +211,7 @@ def train_run(
                   f"{len(held)} validation clips choose the checkpoint")
         trainer.transform = Augment(cfg, build_frontend(cfg)).to(trainer.device)
         validation = Validation(fitted, held, cfg)
-        history = trainer.fit(ClipLoader(fitted, cfg), validation, validation.best_by)
+        history = trainer.fit(ClipLoader(fitted, with_workers(cfg, fitted)), validation, validation.best_by)
         trainer.accelerator.wait_for_everyone()
         return whitened(out, cfg, lambda: parts, trainer.device, quiet), history
 

@@ -12,8 +12,8 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -200,7 +200,7 @@ class _Row(NamedTuple):
         size, modified = file_state(path)
         return str(size), str(modified)
 
-    def digest(self, whole: bool = True, listed: bool = True) -> str: # whether the digest in a manifest will do
+    def digest(self, ends: int = 0, listed: bool = True) -> str: # bytes at each end; whether that in a manifest will do
         "Return a digest of the file, or of its ends; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
@@ -209,14 +209,15 @@ class _Row(NamedTuple):
             return table["digest"].iat[self.i]  # of a manifest of shards: the same digest, made when they were written
         if is_file(path):
             with open_file(path) as file:
-                return digest_of(file) if whole else digest_of_ends(file)
+                return digest_of_ends(file, ends) if ends else digest_of(file)
         eighths = np.array_split(np.asarray(self.recordings.waves[self.i], np.float64), 8)
         return " ".join(f"{np.sqrt(np.mean(part**2)) if len(part) else 0:.4g}" for part in eighths)
 
 
-def _of_ends(digest: str) -> bool:
-    "Return whether a digest is that of the two ends of a file."
-    return digest.startswith("ends:")
+def _kind(digest: str) -> int: # bytes at each end; 0: all bytes
+    "Return how much of a file a digest is made of."
+    found = re.match(r"ends(\d+):", digest)
+    return int(found[1]) if found else 0
 
 
 def _same(a: str, b: str) -> bool:
@@ -247,11 +248,12 @@ def write_recordings(
     base: str, # folder or table of the data, to which names are relative
 ):
     "Write the table of both parts."
+    from audiomaepp.headers import in_threads
+
     rows, text = _rows_of(train, test, base), io.StringIO()
-    with ThreadPoolExecutor() as pool:
-        states = list(pool.map(_Row.state, rows.values()))
-        whole = sum(int(size) for size, _ in states) <= _WHOLE
-        digests = list(pool.map(partial(_Row.digest, whole=whole), rows.values()))
+    states = list(in_threads(_Row.state, every := list(rows.values())))
+    ends = 0 if sum(int(size) for size, _ in states) <= _WHOLE else 4096
+    digests = list(in_threads(partial(_Row.digest, ends=ends), every))
     table = csv.writer(text)
     table.writerow(_COLUMNS)
     for ((name, _), row), state, digest in zip(rows.items(), states, digests, strict=True):
@@ -266,12 +268,13 @@ def compare_recordings(
     base: str, # folder or table of the data
 ) -> tuple["Recordings", "Recordings", list[str]]: # both parts in the order of the table; a sentence for each change
     "Compare both parts with the table of the run."
+    from audiomaepp.headers import in_threads
+
     now, before = _rows_of(train, test, base), _read_rows(path)
     both = [(key[0], old, now[key]) for key, old in before.items() if key in now]
     touched = [(name, old, row) for name, old, row in both
                if not old["modified"] or row.state() != (old["size"], old["modified"])]
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda each: each[2].digest(not _of_ends(each[1]["digest"])), touched))
+    digests = list(in_threads(lambda each: each[2].digest(_kind(each[1]["digest"])), touched))
     changes = [
         *(f"{key[0]} is missing or cannot be read" for key in before if key not in now),
         *(f"{key[0]} is new" for key in now if key not in before),
@@ -363,11 +366,12 @@ def trained_on(
     recordings: "Recordings", # recordings to look up
 ) -> list[bool]: # one for each recording; all False for a run of an earlier version
     "Return which recordings have the contents of a training recording of a run."
+    from audiomaepp.headers import in_threads
+
     path = Path(run) / "recordings.csv"
     if not path.is_file():
         return [False] * len(recordings)
     known = {row["digest"] for row in _read_rows(path).values() if row["part"] == "train"}
-    kinds = {not _of_ends(digest) for digest in known} # of whole files, or of their ends
-    with ThreadPoolExecutor() as pool:
-        rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
-        return list(pool.map(lambda row: any(row.digest(kind, kind) in known for kind in kinds), rows))
+    kinds = set(map(_kind, known)) # of whole files, or of their ends
+    rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
+    return list(in_threads(lambda row: any(row.digest(kind, not kind) in known for kind in kinds), rows))

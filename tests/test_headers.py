@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import soundfile
 
-from audiomaepp import Run, data, headers, source
+from audiomaepp import Run, batches, data, headers, source
 from audiomaepp.data import open_recordings, usable
 from audiomaepp.shards import shard
+from audiomaepp.shelf import SHARED
 from audiomaepp.source import trained_on
 
 TINY = dict(
@@ -108,10 +109,26 @@ def test_a_set_that_fits_into_memory_is_decoded(folder, home):
     assert found.in_memory and len(found) == 19 and not home.exists()
 
 
+def test_a_large_set_is_loaded_by_workers_unless_the_settings_say_otherwise(folder, large, tmp_path, monkeypatch):
+    """Decoding in the process that trains takes several times as long as the step."""
+    asked, first = [], batches.DataLoader.__init__
+
+    def init(self, *args, num_workers=0, **how):
+        asked.append(num_workers)
+        first(self, *args, num_workers=num_workers, **how)
+
+    monkeypatch.setattr(batches.DataLoader, "__init__", init)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    for name, workers, expected in (("a", -1, 2 * SHARED), ("b", 0, 0), ("c", 1, 1)):
+        Run.train(folder, held_out=[0, 1], out=tmp_path / name, quiet=True, **TINY | dict(num_workers=workers))
+        assert max(asked) == expected, name
+        asked.clear()
+
+
 def test_a_run_on_a_large_set_notices_other_contents(folder, large, tmp_path):
     """Only the ends of its files are digested; a copy is still found, and a file that was replaced."""
     run = Run.train(folder, held_out=[0, 1], out=tmp_path / "run", quiet=True, **TINY)
-    assert set(pd.read_csv(run.path / "recordings.csv")["digest"].str[:5]) == {"ends:"}
+    assert set(pd.read_csv(run.path / "recordings.csv")["digest"].str[:9]) == {"ends4096:"}
     (tmp_path / "other").mkdir()
     sounds = [Path(path).read_bytes() for path in (folder / "b/05.flac", folder / "a/00.flac")]
     for name, sound in zip(("copy.flac", "held.flac"), sounds, strict=True):

@@ -429,6 +429,39 @@ def test_the_command_under_two_processes(tmp_path, command):
     assert "chance" in str(evaluate_run(run, quiet=True).report)
 
 
+ELSEWHERE = """
+import os, sys
+from audiomaepp import data
+from audiomaepp.cli import main
+
+decode = data._Check.decode
+
+
+def failing(check, i):  # a network disk that is away for a moment, in one process
+    if os.environ["RANK"] == "1" and i % 3 == int(sys.argv[1]):
+        raise OSError(5, "Input/output error")
+    return decode(check, i)
+
+
+if __name__ == "__main__":
+    data._Check.decode = failing
+    main(sys.argv[2:])
+"""
+
+
+def test_processes_that_open_other_recordings_do_not_train(tmp_path):
+    """One process would train on what another has held out, and the scores would be of clips that were seen."""
+    entry, sounds = tmp_path / "command.py", tmp_path / "sounds"
+    entry.write_text(ELSEWHERE)
+    sounds.mkdir()
+    for i in range(24):
+        wave = torch.randn(8000, generator=torch.Generator().manual_seed(i))
+        soundfile.write(sounds / f"{i:02d}.wav", wave.numpy() / 9, 16000)
+    done = run_several(entry, 0, "train", sounds, "--out", tmp_path / "run", "--epochs", "1")
+    assert done.returncode == 1 and "all processes must open the same recordings, got 24 in process 0" in done.stderr
+    assert not (tmp_path / "run" / "history.csv").exists()
+
+
 def test_a_killed_process_ends_both_by_name(tmp_path, command):
     done = run_several(command, 3, "train", "--out", tmp_path / "run", *FLAGS)
     assert done.returncode == 1

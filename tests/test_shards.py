@@ -293,6 +293,21 @@ def test_shards_at_an_address(made, folder, tmp_path):
         open_recordings(f"file://{tmp_path}/nowhere")
 
 
+def test_a_clip_at_an_address_costs_its_own_bytes(made, monkeypatch):
+    """A file opened at an address reads megabytes ahead: of a bucket, hundreds of times the bytes of the clips."""
+    import fsspec
+
+    there, fetched = fsspec.filesystem("file"), []
+    monkeypatch.setattr(there, "cat_file", lambda path, start, end: fetched.append(end - start) or type(there).cat_file(
+        there, path, start, end))
+    recordings = open_recordings(f"file://{made}")
+    sizes = [piece_of(path).size for path in recordings.paths[:5]]
+    monkeypatch.setattr(pieces, "_open_whole", lambda path: pytest.fail(f"{path} was opened"))
+    for i in range(5):
+        recordings.wav(i)
+    assert fetched == sizes
+
+
 # ---- many of them
 
 
