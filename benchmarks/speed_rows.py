@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.embed import EmbeddingGenerator, decode_ahead
-from audiomaepp.features import Fbank, LogMel, build_frontend
+from audiomaepp.features import Fbank, LogMel, build_frontend, log_recording
 from audiomaepp.model import AudioMAEPlusPlus, attend
-from audiomaepp.synthetic import synthesize
+from audiomaepp.synthetic import generated, synthesize
 from audiomaepp.train import Trainer
 
 PRECISIONS = ("float32", "bf16")
@@ -212,6 +213,18 @@ def stage_part(preset, args):
     return Part(step, len(batch["label"]), stages)
 
 
+def generated_part(preset, n=8):
+    """Two takes of n sound programs as spectra, on one core: what a step needs for as many clips."""
+    cfg = Config.preset(preset)
+    sounds, frontend = generated(10_000, 0, cfg.clip_seconds, cfg.sample_rate), build_frontend(cfg)
+    rows = iter(range(10_000))
+
+    def compute():
+        return [log_recording(frontend, sounds.wav(i, take)) for i in itertools.islice(rows, n) for take in range(2)]
+
+    return Part(compute, n)
+
+
 def write_wavs(folder, n, seconds=2):
     """A folder of n WAV files, 50 of them distinct."""
     rng, folder = np.random.default_rng(0), Path(folder)
@@ -290,6 +303,8 @@ def all_rows(args, folder):
     yield from front_end_rows(args)
     for preset in ("semantic", "semantic_unlabelled", "words", "words_unlabelled"):
         yield Row(f"step of {preset}", {"ours": lambda preset=preset: stage_part(preset, args)}, "bf16")
+    steps = {"ours": lambda: stage_part("semantic_unlabelled", args)}
+    yield Row("step on generated sounds", steps | {"their computation": lambda: generated_part("semantic_unlabelled")})
     yield folder_row(args, folder)
     codes = {"ours": "import audiomaepp", "ours, with Run": "from audiomaepp import Run", "torch": "import torch"}
     yield Row("import", {name: lambda code=code: import_part(code) for name, code in codes.items()},
