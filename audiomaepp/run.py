@@ -835,7 +835,7 @@ def in_training(
     import numpy as np
 
     from audiomaepp.embed import fingerprint
-    from audiomaepp.source import _read_rows, _Row
+    from audiomaepp.source import _kind, _read_rows, _Row
     from audiomaepp.store import recording_state
 
     run = Path(run)
@@ -849,8 +849,9 @@ def in_training(
     base = load_source(run).place
     base = base if os.path.isdir(base) else os.path.dirname(base)
     rows = _read_rows(run / "recordings.csv")
-    train, test = ({name: row for (name, _), row in rows.items() if row["part"] == part} for part in ("train", "test"))
-    sizes, digests = ({row[what] for row in train.values()} for what in ("size", "digest"))
+    train, test = ({name: row for (name, _), row in rows.items() if row.part == part} for part in ("train", "test"))
+    sizes, digests = ({getattr(row, what) for row in train.values()} for what in ("size", "digest"))
+    kinds = set(map(_kind, digests))
 
     def seen(path: str, state: tuple[int, int] | None) -> bool | None:
         there = is_file(path)
@@ -858,11 +859,11 @@ def in_training(
         if (name := printable(os.path.relpath(path, base) if os.path.isabs(path) else path)) in train:
             return True
         if not there:  # it may have been a copy of a training clip
-            return test[name]["digest"] in digests if name in test else None
+            return test[name].digest in digests if name in test else None
         if state not in (None, recording_state(path, None)):
             return None
         row = _Row("", "", SimpleNamespace(paths=[path], table=()), 0)
-        return row.state()[0] in sizes and row.digest() in digests
+        return row.state()[0] in sizes and any(row.digest(kind) in digests for kind in kinds)
 
     known = {path: seen(path, state) for path, state in dict(zip_longest(paths, states)).items()}
     return None if None in known.values() else np.array([known[path] for path in paths], dtype=bool)

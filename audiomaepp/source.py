@@ -144,7 +144,7 @@ def open_source(
         source.check_held_out(recordings)
         rows, numbers = source.held_out_rows, isinstance(source.held_out_rows, tuple)
         if numbers:
-            recordings.table["_held_out"] = [i in set(rows) for i in range(len(recordings))]
+            recordings.table["_held_out"] = recordings.table.reset_index().index.isin(rows)
         if source.data != "synthetic":
             recordings = usable(recordings, source.place, quiet=quiet)
         if numbers:
@@ -180,8 +180,21 @@ def skipped_lines(
 
 # %% ../nbs/16_source.ipynb #98f5ad5b
 _PARTS = {"train": "training part", "test": "held-out part"}
-_COLUMNS = ("part", "path", "label", "size", "modified", "digest")
 _WHOLE = 2**30 # bytes of all files up to which each file's digest is that of all its bytes
+
+
+class _Listed(NamedTuple):
+    "A row of the table of a run's recordings."
+
+    part: str # "train" or "test"
+    path: str # relative to the folder or table of the data
+    label: str # empty if there is none
+    size: str # bytes, or samples
+    modified: str # ns; empty for samples in memory
+    digest: str # see `_Row.digest`
+
+
+_COLUMNS = _Listed._fields
 
 
 class _Row(NamedTuple):
@@ -273,17 +286,17 @@ def compare_recordings(
     now, before = _rows_of(train, test, base), _read_rows(path)
     both = [(key[0], old, now[key]) for key, old in before.items() if key in now]
     touched = [(name, old, row) for name, old, row in both
-               if not old["modified"] or row.state() != (old["size"], old["modified"])]
-    digests = list(in_threads(lambda each: each[2].digest(_kind(each[1]["digest"])), touched))
+               if not old.modified or row.state() != (old.size, old.modified)]
+    digests = list(in_threads(lambda each: each[2].digest(_kind(each[1].digest)), touched))
     changes = [
         *(f"{key[0]} is missing or cannot be read" for key in before if key not in now),
         *(f"{key[0]} is new" for key in now if key not in before),
         *(f"{name} has other contents" for (name, old, _), digest in zip(touched, digests, strict=True)
-          if not _same(old["digest"], digest)),
-        *(f"{name} had the label {old['label']!r} and has {row.label!r}" for name, old, row in both
-          if row.label != old["label"]),
-        *(f"{name} was in the {_PARTS[old['part']]} and is in the {_PARTS[row.part]}" for name, old, row in both
-          if row.part != old["part"]),
+          if not _same(old.digest, digest)),
+        *(f"{name} had the label {old.label!r} and has {row.label!r}" for name, old, row in both
+          if row.label != old.label),
+        *(f"{name} was in the {_PARTS[old.part]} and is in the {_PARTS[row.part]}" for name, old, row in both
+          if row.part != old.part),
     ]
     if not changes:
         order = {part: [now[key].i for key in before if now[key].part == part] for part in _PARTS}
@@ -291,16 +304,16 @@ def compare_recordings(
     return train, test, changes
 
 
-def _read_rows(path: Path) -> dict[tuple[str, int], dict[str, str]]:
+def _read_rows(path: Path) -> dict[tuple[str, int], _Listed]:
     "Return the rows of a table, by name and number of earlier rows of that name; raise `ValueError` if it is damaged."
     rows, count = {}, Counter()
     with naming(path, "the table of a run's recordings"), open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file, strict=True):
-            old = {name: row[name] + "" for name in _COLUMNS}  # a missing cell is None
-            if old["part"] not in _PARTS:
-                raise damaged(path, "a table with the parts train and test", f"the part {shown(old['part'])}")
-            rows[old["path"], count[old["path"]]] = old
-            count[old["path"]] += 1
+            old = _Listed(*(row[name] + "" for name in _COLUMNS))  # a missing cell is None
+            if old.part not in _PARTS:
+                raise damaged(path, "a table with the parts train and test", f"the part {shown(old.part)}")
+            rows[old.path, count[old.path]] = old
+            count[old.path] += 1
     return rows
 
 # %% ../nbs/16_source.ipynb #6e138a06
@@ -371,7 +384,7 @@ def trained_on(
     path = Path(run) / "recordings.csv"
     if not path.is_file():
         return [False] * len(recordings)
-    known = {row["digest"] for row in _read_rows(path).values() if row["part"] == "train"}
+    known = {row.digest for row in _read_rows(path).values() if row.part == "train"}
     kinds = set(map(_kind, known)) # of whole files, or of their ends
     rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
     return list(in_threads(lambda row: any(row.digest(kind, not kind) in known for kind in kinds), rows))

@@ -12,6 +12,8 @@ import soundfile
 
 from audiomaepp import Run, batches, data, headers, source
 from audiomaepp.data import open_recordings, usable
+from audiomaepp.embed import fingerprint
+from audiomaepp.run import in_training
 from audiomaepp.shards import shard
 from audiomaepp.shelf import SHARED
 from audiomaepp.source import trained_on
@@ -134,6 +136,8 @@ def test_a_run_on_a_large_set_notices_other_contents(folder, large, tmp_path):
     for name, sound in zip(("copy.flac", "held.flac"), sounds, strict=True):
         (tmp_path / "other" / name).write_bytes(sound)
     shard(tmp_path / "other", tmp_path / "shards", quiet=True)
+    model, other = fingerprint(run.model), [str(tmp_path / "other" / name) for name in ("copy.flac", "held.flac")]
+    assert in_training(run.path, model, other).tolist() == [True, False]
     for place in ("other", "shards"):  # a manifest lists digests of whole files
         assert trained_on(run.path, open_recordings(tmp_path / place)) == [True, False]
     (folder / "b/05.flac").write_bytes(sounds[0])  # another time, the same contents
