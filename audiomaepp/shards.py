@@ -234,6 +234,46 @@ def is_shards(
     text = os.fspath(source)
     return text.endswith(".tar") or is_address(text) or os.path.isfile(os.path.join(text, "manifest.parquet"))
 
+# %% ../nbs/15_shards.ipynb #1589c9de
+def _exists(path: str) -> bool:
+    "Return whether a file is there, on this machine or at an address."
+    if not is_address(path):
+        return os.path.isfile(path)
+    import fsspec
+
+    there, name = fsspec.core.url_to_fs(path)
+    return there.exists(name)
+
+
+def _matching(pattern: str) -> list[str]:
+    "Return the files whose last part matches a pattern, on this machine or at an address."
+    home, last = os.path.split(pattern)
+    if not is_address(pattern):
+        return sorted(str(path) for path in Path(home or ".").glob(last))
+    import fsspec
+
+    there, name = fsspec.core.url_to_fs(pattern)
+    return [f"{home}/{os.path.basename(path)}" for path in sorted(there.glob(name))]
+
+
+def _missing(tar: str, pattern: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{tar} does not exist; use shards that are there, in {pattern!r}")
+
+
+def tars_of(pattern: str) -> list[str]:
+    "Return the tar files that a pattern stands for; raise `FileNotFoundError` for one that this machine does not have."
+    tars = []
+    for name in expand(pattern):
+        if any(c in name for c in ("*" if is_address(name) else "*?[")):
+            tars += _matching(name)
+        elif is_address(name) or os.path.isfile(name):
+            tars.append(name)
+        else:
+            raise _missing(name, pattern)
+    if not tars:
+        raise FileNotFoundError(f"{pattern} matches no tar file; check the pattern")
+    return [name if is_address(name) else os.path.abspath(name) for name in tars]
+
 # %% ../nbs/15_shards.ipynb #5a4d0014
 def _key(name: str) -> str:
     "Return the name of a file in a tar file up to the first dot of its last part."
@@ -299,34 +339,6 @@ def _manifest(place: str): # DataFrame with whole paths
     return check_columns(table, path)
 
 
-def _has_manifest(place: str) -> bool:
-    "Return whether there is a manifest in a folder, or at an address."
-    path = f"{place.rstrip('/')}/manifest.parquet"
-    if not is_address(path):
-        return os.path.isfile(path)
-    import fsspec
-
-    there, name = fsspec.core.url_to_fs(path)
-    return there.exists(name)
-
-
-def tars_of(pattern: str) -> list[str]:
-    "Return the tar files that a pattern stands for; raise `FileNotFoundError` for one that is not there."
-    tars = []
-    for name in expand(pattern):
-        if is_address(name):
-            tars.append(name)
-        elif any(c in name for c in "*?["):
-            tars += sorted(str(path) for path in Path(os.path.dirname(name) or ".").glob(os.path.basename(name)))
-        elif os.path.isfile(name):
-            tars.append(name)
-        else:
-            raise FileNotFoundError(f"{name} does not exist; use shards that are there, in {pattern!r}")
-    if not tars:
-        raise FileNotFoundError(f"{pattern} matches no tar file; check the pattern")
-    return [name if is_address(name) else os.path.abspath(name) for name in tars]
-
-
 def open_shards(
     source: str | os.PathLike, # folder or address with a manifest, or pattern of tar files
     sample_rate: int = 16000, # Hz of the recordings
@@ -340,10 +352,14 @@ def open_shards(
     else:
         tars, name = tars_of(text), os.path.basename(text)
         homes = {os.path.dirname(tar) for tar in tars}
-        known = [home for home in homes if _has_manifest(home)]
+        known = [home for home in homes if _exists(f"{home}/manifest.parquet")]
         if len(known) == len(homes) == 1:
             table, wanted = _manifest(known[0]), set(tars)
-            table = table[[piece_of(path).tar in wanted for path in table["path"]]]
+            inside = [piece_of(path).tar for path in table["path"]]
+            table = table[[tar in wanted for tar in inside]]
+            for tar in sorted(wanted.difference(inside)):  # one may have no recording that could be opened
+                if not _exists(tar):
+                    raise _missing(tar, text)
         else:
             table = _from_headers(tars)
     if not len(table):

@@ -293,6 +293,28 @@ def test_shards_at_an_address(made, folder, tmp_path):
         open_recordings(f"file://{tmp_path}/nowhere")
 
 
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_shard_that_is_missing_at_an_address_is_named_and_not_left_out(manifest, made, tmp_path):
+    """Else a training would go on with three of ten shards, and nothing would say so."""
+    for path in made.glob("*.tar" if not manifest else "*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(FileNotFoundError, match="000003.tar"):
+        open_shards(f"file://{tmp_path}/{{000000..000009}}.tar")
+    assert len(open_shards(f"file://{tmp_path}/{{000001..000002}}.tar")) == 14
+    assert len(open_shards(f"file://{tmp_path}/*.tar")) == 24 and len(open_shards(f"file://{tmp_path}/*1.tar")) == 10
+    with pytest.raises(FileNotFoundError, match="matches no tar file"):
+        open_shards(f"file://{tmp_path}/x*.tar")
+
+
+def test_a_shard_without_a_recording_is_no_missing_one(folder, tmp_path):
+    """Its recordings could not be opened, so the manifest does not name it."""
+    (tmp_path / "in").mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.wav"))[:2]):
+        (tmp_path / "in" / f"{i}.wav").write_bytes(path.read_bytes() if i else b"no sound")
+    shard(tmp_path / "in", tmp_path / "out", clips=1, quiet=True)
+    assert len(open_shards(f"file://{tmp_path}/out/{{000000..000001}}.tar")) == 1
+
+
 # ---- many of them
 
 
