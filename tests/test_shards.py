@@ -18,7 +18,7 @@ import torch
 
 from audiomaepp import data, pieces, shards, source
 from audiomaepp.audio import AudioError, load_audio, probe
-from audiomaepp.batches import _plan, _shuffled
+from audiomaepp.batches import ClipLoader, _plan, _shuffled
 from audiomaepp.cli import main
 from audiomaepp.config import Config
 from audiomaepp.data import NoRecordings, open_recordings
@@ -313,6 +313,30 @@ def test_a_shard_without_a_recording_is_no_missing_one(folder, tmp_path):
         (tmp_path / "in" / f"{i}.wav").write_bytes(path.read_bytes() if i else b"no sound")
     shard(tmp_path / "in", tmp_path / "out", clips=1, quiet=True)
     assert len(open_shards(f"file://{tmp_path}/out/{{000000..000001}}.tar")) == 1
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+def test_a_network_that_fails_does_not_end_a_training(failures, made, monkeypatch):
+    """Its libraries raise errors of their own, which are no OSError; what the second try reads is not lost."""
+    there, plain, left = open_recordings(f"file://{made}"), data.Recordings.crop, [failures]
+    cfg = Config.preset("nano", **TINY, batch_size=8, max_unreadable=0.05, num_workers=0)
+    whole = list(ClipLoader(there, cfg))
+
+    class PayloadError(Exception):
+        reason = OSError(104, "Connection reset by peer")
+
+    def crop(self, row, *args):
+        if row == 13 and left[0]:
+            left[0] -= 1
+            raise PayloadError("payload is not completed")
+        return plain(self, row, *args)
+
+    monkeypatch.setattr(data.Recordings, "crop", crop)
+    batches = list(ClipLoader(there, cfg))
+    assert len(batches) == len(whole) == 3
+    assert there.skipped == [(there.paths[13], "PayloadError: payload is not completed")] * (failures > 1)
+    same = [torch.equal(a["wav"], b["wav"]) for a, b in zip(batches, whole, strict=True)]
+    assert same.count(False) == (failures > 1)
 
 
 # ---- many of them
