@@ -94,7 +94,7 @@ def _add_recording(
 # %% ../nbs/15_shards.ipynb #5a4d0009
 def _plan_of(recordings: "Recordings", rows: range, names: list[str]) -> str:
     "Return a digest of what a shard is made of: names, sizes and times of the recordings, and their columns."
-    plan = hashlib.blake2b(digest_size=16)
+    plan = hashlib.blake2b(b"2", digest_size=16)  # the number of the layout of a part
     for i in rows:
         state = file_state(recordings.paths[i]) if is_file(recordings.paths[i]) else None
         if state is None and (i == rows[0] or recordings.waves[i] is not None):  # computed ones: one stands for all
@@ -130,7 +130,8 @@ def _write_shard(
                     reason = error.reason if isinstance(error, AudioError) else error.strerror or str(error)
                     skipped.append([printable(recordings.paths[i]), reason])
         with tarfile.open(temporary) as tar:
-            rows_of = [facts[m.name] | {"first": m.offset_data, "size": m.size} for m in tar if m.name in facts]
+            rows_of = [row | {"path": str(Piece(path.name, m.offset_data, m.size, row["path"]))}
+                       for m in tar if (row := facts.get(m.name))]
         with open(temporary, "rb") as file:
             digest, size = digest_of(file), temporary.stat().st_size
     part = dict(plan=plan, bytes=size, digest=digest, rows=rows_of, skipped=skipped)
@@ -195,9 +196,7 @@ def _write_manifest(out: Path, parts: dict[int, dict]) -> "pd.DataFrame":
     "Write the manifest and the list of shards."
     import pandas as pd
 
-    rows = [row | {"path": str(Piece(f"{k:06d}.tar", row["first"], row["size"], row["path"]))}
-            for k in sorted(parts) for row in parts[k]["rows"]]
-    table = pd.DataFrame(rows).drop(columns=["first", "size"])
+    table = pd.DataFrame([row for k in sorted(parts) for row in parts[k]["rows"]])
     with replacing(out / "manifest.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     shards = {f"{k:06d}.tar": {name: parts[k][name] for name in ("bytes", "digest")} for k in sorted(parts)}

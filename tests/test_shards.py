@@ -88,11 +88,13 @@ def test_embeddings_of_shards_are_those_of_the_folder(folder, made, tmp_path):
 
 def test_columns_survive_so_that_a_fold_can_be_held_out(folder, tmp_path):
     files = open_recordings(folder).table.assign(fold=[1 + i % 3 for i in range(24)], site="north")
+    files = files.assign(size=range(24), first="x", name="n")  # a column may have any name
     files.loc[4, "site"] = None
     files.to_csv(tmp_path / "list.csv", index=False)
     main(["shard", str(tmp_path / "list.csv"), str(tmp_path / "out"), "--clips", "7", "--quiet"])
     table = open_shards(tmp_path / "out").table
-    assert table["fold"].tolist() == files["fold"].tolist()
+    for name in ("fold", "size", "first", "name"):
+        assert table[name].tolist() == files[name].tolist()
     assert table["site"].isna().tolist() == [i == 4 for i in range(24)]
     run = Run.train(f"{tmp_path}/out/{{000000..000003}}.tar", fold=2, out=tmp_path / "run", quiet=True, **TINY)
     assert "fold 2" in str(run.evaluate(quiet=True))
