@@ -295,6 +295,17 @@ def test_shards_at_an_address(made, folder, tmp_path):
         open_recordings(f"file://{tmp_path}/nowhere")
 
 
+def test_commands_take_an_address_alone(made, tmp_path, capsys, monkeypatch):
+    """It means sounds, as a folder does, and the model is the one that the package brings."""
+    monkeypatch.chdir(tmp_path)
+    main(["embed", f"file://{made}", "--quiet"])
+    assert len(pd.read_parquet("embeddings.parquet")) == 24
+    main(["map", f"file://{made}", "--quiet"])
+    assert [path.suffix for path in sorted(Path("runs/starter/embeddings").iterdir())].count(".html") == 1
+    main(["search", f"file://{made}", open_recordings(made).paths[3], "--json"])
+    assert json.loads(capsys.readouterr().out)["hits"]
+
+
 @pytest.mark.parametrize("manifest", [True, False])
 def test_a_shard_that_is_missing_at_an_address_is_named_and_not_left_out(manifest, made, tmp_path):
     """Else a training would go on with three of ten shards, and nothing would say so."""
