@@ -227,6 +227,11 @@ class Map(Command):
 
     def run(self) -> dict:
         if is_sounds(self.place):
+            from audiomaepp.data import open_recordings
+            from audiomaepp.run import need_few
+
+            if not self.atlas:
+                need_few(len(open_recordings(self.place)))
             self.place = self.embed_sounds(self.place)
         if Path(self.place).is_file():
             return self.draw_table()
