@@ -24,7 +24,7 @@ from .audio import AudioError
 from .config import Config
 from .data import Recordings, Skipped
 from .features import EPS, FrontEnd, build_frontend, frames_of_clip, in_blocks, log_clip, log_recording
-from .pieces import shard_numbers
+from .pieces import is_address, shard_numbers
 from .shelf import SHARED, Shelf, use_one
 
 # %% ../nbs/14_batches.ipynb #f5a12abf
@@ -144,7 +144,11 @@ class _Clips(Dataset):
         self.recordings, self.cut, self.seed, self.random = recordings, cut, seed, random
         self.labels, self.stand_in, self.takes = recordings.labels, stand_in, takes
 
-    def __getitem__(self, key: tuple[int, int, int]): # clip, or one of each take, or None; label; row; reason or None
+    def __getitem__(
+        self,
+        key: tuple[int, int, int],
+        last: bool = False, # whether what cannot be read at an address is not tried again
+    ): # clip, or one of each take, or None; label; row; reason or None
         epoch, row, before = key
         rng = np.random.default_rng([1, self.seed, epoch, row, before])
         label = int(self.labels[row])
@@ -152,8 +156,11 @@ class _Clips(Dataset):
             if self.takes:
                 return self._two_takes(rng, epoch, row), label, row, None
             return self.cut(row, *self._place(rng)), label, row, None
-        except (AudioError, OSError, RuntimeError) as error:
-            return None, label, row, getattr(error, "reason", f"{type(error).__name__}: {error}")
+        except Exception as error:  # a library that reads from a network has errors of its own
+            if not last and is_address(self.recordings.paths[row]):
+                return self.__getitem__(key, last=True)
+            reason = error.reason if isinstance(error, AudioError) else f"{type(error).__name__}: {error}"
+            return None, label, row, reason
 
     def _place(self, rng: np.random.Generator) -> tuple[float, float]: # in the recording, in the clip
         return tuple(rng.random(2)) if self.random else (0.0, 0.0)

@@ -37,6 +37,7 @@ from . import __version__
 from .config import PRESET_SUMMARIES, PRESETS, Config
 from .config import _known as known_settings
 from .files import OutputError, check_table, make_folder, printable, write_atomic
+from .pieces import is_address
 from .source import Source, need_path, skipped_lines
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ class Command:
 def is_sounds(
     place: str, # what a person has named
 ) -> bool:
-    "Return whether a place holds sounds: a folder without a model, a CSV table, or shards."
+    "Return whether a place holds sounds: a folder without a model, a CSV table, or shards, here or at an address."
     path = Path(place)
-    if path.suffix.lower() == ".tar":
+    if path.suffix.lower() == ".tar" or is_address(place):
         return True
     return path.suffix.lower() == ".csv" and path.is_file() or path.is_dir() and not (path / "config.json").is_file()
 
@@ -226,6 +227,11 @@ class Map(Command):
 
     def run(self) -> dict:
         if is_sounds(self.place):
+            from audiomaepp.data import open_recordings
+            from audiomaepp.run import need_few
+
+            if not self.atlas:
+                need_few(len(open_recordings(self.place)))
             self.place = self.embed_sounds(self.place)
         if Path(self.place).is_file():
             return self.draw_table()

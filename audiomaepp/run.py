@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Config
 from audiomaepp.files import (
+    check_fields,
     claim,
     made_by,
     make_folder,
@@ -449,21 +450,30 @@ def need_color(
         raise ValueError(f"color must be a column of the recordings, got {color!r}; use one of {', '.join(columns)}")
 
 
+def need_few(
+    clips: int, # number of clips
+):
+    "Raise `ValueError` if a map cannot show so many clips."
+    from audiomaepp.explorer import MOST_POINTS
+
+    if clips > MOST_POINTS:
+        raise ValueError(f"a map must have at most {MOST_POINTS:,} clips, got {clips:,}; use atlas=True (--atlas), "
+                         "which writes a table for embedding-atlas")
+
+
 def explorer_of(
     space: Space, # result of `map_space`
     title: str = "", # title of the map
     color: str = "label", # column that colors the points: label, or any metadata
 ) -> "Explorer":
     "Return the map of a space; a second call with the same color returns the same object."
-    from audiomaepp.explorer import MOST_POINTS, explore
+    from audiomaepp.explorer import explore
     from audiomaepp.maps import AlignedMaps, aligned_umap, umap_2d
     from audiomaepp.validation import STATISTICS, UNTRAINED
 
     clips, vectors = space.clips, space.vectors
     need_color(color, clips.table)
-    if len(clips) > MOST_POINTS:
-        raise ValueError(f"a map must have at most {MOST_POINTS:,} clips, got {len(clips):,}; use atlas=True "
-                         "(--atlas), which writes a table for embedding-atlas")
+    need_few(len(clips))
     if space.maps is None:
         alone = len(vectors) == 1
         space.maps = AlignedMaps({MODEL: umap_2d(vectors[MODEL])}, {}) if alone else aligned_umap(vectors)
@@ -939,12 +949,18 @@ def map_table(
     atlas: bool = False, # whether to write a table for embedding-atlas too; alone, if the map has too many clips
 ) -> tuple[list[Path], "Explorer | None"]: # written files, and the map
     "Write the map of a table of embeddings as a page and a picture."
+    import pyarrow.parquet as pq
+
     from audiomaepp.explorer import MOST_POINTS, explore, save_atlas
 
     page = Path(out or Path(path).with_name(f"{Path(path).stem}_map.html"))
     paths, explorer = _outputs(page, atlas), None
     if color != "label":
         need_color(color, [name for name in parquet_schema(path).names if name == "start" or name not in _UNSEEN])
+    if not atlas:
+        parquet_schema(path, ["path", "embedding"])  # names a damaged file
+        with open(path, "rb") as file:
+            need_few(pq.read_metadata(file).num_rows)
     vectors, table, audio, held_out = open_table(path)
     if color != "label":
         need_color(color, table)
@@ -953,9 +969,6 @@ def map_table(
         save_atlas(vectors, table, paths[-1])
     if len(vectors) > MOST_POINTS and atlas:
         return paths[-1:], None
-    if len(vectors) > MOST_POINTS:
-        raise ValueError(f"a map must have at most {MOST_POINTS:,} clips, got {len(vectors):,}; use --atlas, which "
-                         "writes a table for embedding-atlas")
     explorer = explore(vectors, table, audio, held_out=held_out, color=color if color in table else None,
                        title=Path(path).name)
     explorer.save(page)
@@ -1009,18 +1022,30 @@ def evaluation_of(
     return found
 
 
+def _clips_in(
+    path: Path, # data.json of a run
+    everything: bool, # whether the training clips count
+) -> int: # 0 for a run of an earlier version that does not say it
+    "Return how many clips the map of a run has."
+    kinds = dict.fromkeys(("n_test", "n_train")[: 1 + everything], int)
+    return sum(check_fields(read_json(path), kinds, path, kinds).values())
+
+
 def space_of(
     run: RunFolder, # run to draw
     color: str = "label", # column that will color the map; checked before anything is decoded
     everything: bool = False, # whether the training clips are on the map too
     quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the models; a GPU if there is one
+    atlas: bool = False, # whether there may be more clips than a map can show
 ) -> Space:
     "Embed the clips of a run for its map, or return the stored result if the weights are the same."
     if color != "label":
         need_color(color, [*load_source(run.path).find(run.config).table, "seconds"])  # a duration is known later
     state = run.state()
     if run.spaces.get(everything, (None,))[0] != state:
+        if not atlas:
+            need_few(_clips_in(run.path / "data.json", everything))
         found = evaluation_of(run, quiet=quiet, how={"device": device} if device else None)
         run.spaces[everything] = state, map_space(run.path, found, everything, quiet, device)
     return run.spaces[everything][1]
@@ -1132,7 +1157,7 @@ class Run(RunFolder):
         self, color: str = "label", quiet: bool = False, everything: bool = False, atlas: bool = False, device=None
     ) -> list[Path]:
         "Write all pictures into the folder of the run, `atlas` also a table for embedding-atlas; return the files."
-        space = space_of(self, color, everything, quiet, device)
+        space = space_of(self, color, everything, quiet, device, atlas)
         return draw_run(self.path, evaluation_of(self, quiet=quiet), color, space, atlas)
 
     def embed(self, data=None, out: str | os.PathLike | None = None, quiet: bool = False, **how) -> "pd.DataFrame":

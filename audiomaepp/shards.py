@@ -94,7 +94,7 @@ def _add_recording(
 # %% ../nbs/15_shards.ipynb #5a4d0009
 def _plan_of(recordings: "Recordings", rows: range, names: list[str]) -> str:
     "Return a digest of what a shard is made of: names, sizes and times of the recordings, and their columns."
-    plan = hashlib.blake2b(digest_size=16)
+    plan = hashlib.blake2b(b"2", digest_size=16)  # the number of the layout of a part
     for i in rows:
         state = file_state(recordings.paths[i]) if is_file(recordings.paths[i]) else None
         if state is None and (i == rows[0] or recordings.waves[i] is not None):  # computed ones: one stands for all
@@ -130,7 +130,8 @@ def _write_shard(
                     reason = error.reason if isinstance(error, AudioError) else error.strerror or str(error)
                     skipped.append([printable(recordings.paths[i]), reason])
         with tarfile.open(temporary) as tar:
-            rows_of = [facts[m.name] | {"first": m.offset_data, "size": m.size} for m in tar if m.name in facts]
+            rows_of = [row | {"path": str(Piece(path.name, m.offset_data, m.size, row["path"]))}
+                       for m in tar if (row := facts.get(m.name))]
         with open(temporary, "rb") as file:
             digest, size = digest_of(file), temporary.stat().st_size
     part = dict(plan=plan, bytes=size, digest=digest, rows=rows_of, skipped=skipped)
@@ -195,9 +196,7 @@ def _write_manifest(out: Path, parts: dict[int, dict]) -> "pd.DataFrame":
     "Write the manifest and the list of shards."
     import pandas as pd
 
-    rows = [row | {"path": str(Piece(f"{k:06d}.tar", row["first"], row["size"], row["path"]))}
-            for k in sorted(parts) for row in parts[k]["rows"]]
-    table = pd.DataFrame(rows).drop(columns=["first", "size"])
+    table = pd.DataFrame([row for k in sorted(parts) for row in parts[k]["rows"]])
     with replacing(out / "manifest.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     shards = {f"{k:06d}.tar": {name: parts[k][name] for name in ("bytes", "digest")} for k in sorted(parts)}
@@ -233,6 +232,46 @@ def is_shards(
         return False
     text = os.fspath(source)
     return text.endswith(".tar") or is_address(text) or os.path.isfile(os.path.join(text, "manifest.parquet"))
+
+# %% ../nbs/15_shards.ipynb #1589c9de
+def _exists(path: str) -> bool:
+    "Return whether a file is there, on this machine or at an address."
+    if not is_address(path):
+        return os.path.isfile(path)
+    import fsspec
+
+    there, name = fsspec.core.url_to_fs(path)
+    return there.exists(name)
+
+
+def _matching(pattern: str) -> list[str]:
+    "Return the files whose last part matches a pattern, on this machine or at an address."
+    home, last = os.path.split(pattern)
+    if not is_address(pattern):
+        return sorted(str(path) for path in Path(home or ".").glob(last))
+    import fsspec
+
+    there, name = fsspec.core.url_to_fs(pattern)
+    return [f"{home}/{os.path.basename(path)}" for path in sorted(there.glob(name))]
+
+
+def _missing(tar: str, pattern: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{tar} does not exist; use shards that are there, in {pattern!r}")
+
+
+def tars_of(pattern: str) -> list[str]:
+    "Return the tar files that a pattern stands for; raise `FileNotFoundError` for one that this machine does not have."
+    tars = []
+    for name in expand(pattern):
+        if any(c in name for c in ("*" if is_address(name) else "*?[")):
+            tars += _matching(name)
+        elif is_address(name) or os.path.isfile(name):
+            tars.append(name)
+        else:
+            raise _missing(name, pattern)
+    if not tars:
+        raise FileNotFoundError(f"{pattern} matches no tar file; check the pattern")
+    return [name if is_address(name) else os.path.abspath(name) for name in tars]
 
 # %% ../nbs/15_shards.ipynb #5a4d0014
 def _key(name: str) -> str:
@@ -299,34 +338,6 @@ def _manifest(place: str): # DataFrame with whole paths
     return check_columns(table, path)
 
 
-def _has_manifest(place: str) -> bool:
-    "Return whether there is a manifest in a folder, or at an address."
-    path = f"{place.rstrip('/')}/manifest.parquet"
-    if not is_address(path):
-        return os.path.isfile(path)
-    import fsspec
-
-    there, name = fsspec.core.url_to_fs(path)
-    return there.exists(name)
-
-
-def tars_of(pattern: str) -> list[str]:
-    "Return the tar files that a pattern stands for; raise `FileNotFoundError` for one that is not there."
-    tars = []
-    for name in expand(pattern):
-        if is_address(name):
-            tars.append(name)
-        elif any(c in name for c in "*?["):
-            tars += sorted(str(path) for path in Path(os.path.dirname(name) or ".").glob(os.path.basename(name)))
-        elif os.path.isfile(name):
-            tars.append(name)
-        else:
-            raise FileNotFoundError(f"{name} does not exist; use shards that are there, in {pattern!r}")
-    if not tars:
-        raise FileNotFoundError(f"{pattern} matches no tar file; check the pattern")
-    return [name if is_address(name) else os.path.abspath(name) for name in tars]
-
-
 def open_shards(
     source: str | os.PathLike, # folder or address with a manifest, or pattern of tar files
     sample_rate: int = 16000, # Hz of the recordings
@@ -340,10 +351,14 @@ def open_shards(
     else:
         tars, name = tars_of(text), os.path.basename(text)
         homes = {os.path.dirname(tar) for tar in tars}
-        known = [home for home in homes if _has_manifest(home)]
+        known = [home for home in homes if _exists(f"{home}/manifest.parquet")]
         if len(known) == len(homes) == 1:
             table, wanted = _manifest(known[0]), set(tars)
-            table = table[[piece_of(path).tar in wanted for path in table["path"]]]
+            inside = [piece_of(path).tar for path in table["path"]]
+            table = table[[tar in wanted for tar in inside]]
+            for tar in sorted(wanted.difference(inside)):  # one may have no recording that could be opened
+                if not _exists(tar):
+                    raise _missing(tar, text)
         else:
             table = _from_headers(tars)
     if not len(table):

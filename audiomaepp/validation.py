@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/23_validation.ipynb #c7642d38
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from .batches import ClipLoader
 from .config import Config
 from .data import Recordings
-from .embed import EmbeddingGenerator
+from .embed import EmbeddingGenerator, decode_ahead
 from .evaluate import knn_accuracy, logmel_statistics
 from .features import LogMel, build_frontend
 from .losses import alignment, rankme, uniformity_loss
@@ -116,12 +117,13 @@ def spectra(
     recordings: Recordings, # recordings at 16 kHz
     rows: Iterable[int], # row numbers
 ) -> Iterator[torch.Tensor]: # (frames, 80), at least three frames
-    "Yield the log-mel spectrogram of each whole clip."
+    "Yield the log-mel spectrogram of each whole clip, decoded ahead of time by threads."
     logmel = LogMel()
-    for i in rows:
-        wave = recordings.wav(i)[None]
-        logmel.num_frames = max(3, 1 + wave.shape[1] // logmel.hop_length)
-        yield logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0, : logmel.num_frames]
+    with closing(decode_ahead(recordings, rows)) as decoded:
+        for pieces in decoded:
+            wave = torch.cat(list(pieces))[None]
+            logmel.num_frames = max(3, 1 + wave.shape[1] // logmel.hop_length)
+            yield logmel.log_spectrum(wave, torch.tensor([wave.shape[1]]))[0, : logmel.num_frames]
 
 
 def baseline_features(

@@ -10,8 +10,11 @@ are not counted. (`benchmarks/search.py --rows 1000000` searches a million rows.
 open         opens the set, for the first time in its process
 first step   from the beginning of a training until its first step is done
 load 960     960 clips of a training, decoded and collated into batches by one worker
+train 960    960 clips that are decoded already, in steps of the model with its augmentations; under the table, the
+             rate of one worker is divided by this one: below 1, the model would wait for it
 embed        the set to a Parquet file, as the command does: the vectors are not read again
-evaluate     kNN-10 and linear probe of vectors of 128 numbers, one in ten held out, ten classes
+evaluate     scores alone, without decoding and embedding: kNN-10 and linear probe of random vectors of 128 numbers
+             around ten class means, one in ten held out
 search       ten nearest rows of a table of as many rows: the first search, and another one in a new process
 
 "growth" is the time or the memory divided by that of the next smaller set.
@@ -32,11 +35,12 @@ import torch
 from speed import machine, memory_now
 
 from audiomaepp import train as training
-from audiomaepp.batches import ClipLoader
+from audiomaepp.batches import Augment, ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.evaluate import evaluate_embeddings
+from audiomaepp.features import build_frontend
 from audiomaepp.files import write_atomic
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.run import Run
@@ -94,18 +98,29 @@ def first_step(folder, work):
 
 def load(folder, work):
     """Load 960 clips."""
-    cfg = Config.preset("nano", num_workers=1)
-    loader = ClipLoader(open_recordings(folder, RATE), cfg)
-    loader.set_epoch(0)
+    loader = ClipLoader(open_recordings(folder, RATE), Config.preset("nano", num_workers=1))
+    return lambda: list(batches_of(loader))
 
-    def run():
-        clips = 0
+
+def batches_of(loader):
+    """Batches of 960 clips; of several epochs, if the set is smaller."""
+    clips, epoch = 0, 0
+    while clips < 960:
+        loader.set_epoch(epoch)
         for batch in loader:
+            yield batch
             clips += len(batch["index"])
             if clips >= 960:
                 return
+        epoch += 1
 
-    return run
+
+def train(folder, work):
+    """Train on 960 clips that are in memory."""
+    cfg = Config.preset("nano", num_workers=1, epochs=1)
+    batches = list(batches_of(ClipLoader(open_recordings(folder, RATE), cfg)))
+    trainer = training.Trainer(cfg, transform=Augment(cfg, build_frontend(cfg)), quiet=True)
+    return lambda: trainer.fit(batches)
 
 
 def embed(folder, work):
@@ -130,8 +145,8 @@ def find(folder, work):
     return lambda: SoundIndex(work / "x.parquet").search(path)
 
 
-WORK = {"open": opened, "first step": first_step, "load 960": load, "embed": embed, "evaluate": evaluate,
-        "search, first": find, "search, again": find}  # fmt: skip
+WORK = {"open": opened, "first step": first_step, "load 960": load, "train 960": train, "embed": embed,
+        "evaluate": evaluate, "search, first": find, "search, again": find}  # fmt: skip
 
 
 def child(name, folder, work):
@@ -165,6 +180,16 @@ def table(rows):
     return text_table("", cells)
 
 
+def loading_beside_training(rows):
+    """A line for each size: clips a second of one loading worker and of the model."""
+    seconds = {(name, n): seconds for name, n, seconds, _ in rows}
+    for name, n in seconds:
+        if name == "train 960" and ("load 960", n) in seconds:
+            loaded, trained = (960 / seconds[what, n] for what in ("load 960", name))
+            yield (f"{n:,} recordings: one worker loads {loaded:,.0f} clips/s, {loaded / trained:.2f} times the "
+                   f"{trained:,.0f} of the model")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", type=int, nargs="+", default=[1000, 10_000], help="sizes of the set, growing")
@@ -188,7 +213,7 @@ def main():
                     args.out.mkdir(parents=True, exist_ok=True)
                     report = dict(machine=machine(args), kind="files" if args.files else "shards", rows=rows)
                     write_atomic(args.out / "scale.json", json.dumps(report, indent=1).encode() + b"\n")
-    print(table(sorted(rows, key=lambda row: args.only.index(row[0]))))
+    print(table(sorted(rows, key=lambda row: args.only.index(row[0]))), *loading_beside_training(rows), sep="\n")
 
 
 if __name__ == "__main__":

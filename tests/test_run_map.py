@@ -238,6 +238,18 @@ def test_too_many_clips_lead_to_the_atlas(plain, table, monkeypatch):
     assert sorted(p.name for p in table.parent.iterdir()) == ["x.parquet", "x_map_atlas.parquet"]
 
 
+def test_too_many_clips_are_refused_before_anything_is_decoded(plain, table, sounds, tmp_path, monkeypatch):
+    "Hours of embedding, and then no map."
+    monkeypatch.setattr("audiomaepp.explorer.MOST_POINTS", 7)
+    monkeypatch.setattr(running, "open_again", lambda *args: pytest.fail("the recordings were decoded"))
+    monkeypatch.setattr(running, "open_table", lambda *args: pytest.fail("the vectors were read"))
+    monkeypatch.chdir(tmp_path)
+    sound_nothing(monkeypatch)
+    for place, more, count in (plain.path, [], 8), (plain.path, ["--all"], 24), (table, [], 24), (sounds, [], 24):
+        message = refused("map", place, *more)
+        assert f"at most 7 clips, got {count}; use" in message and "--atlas" in message
+
+
 # ---- a table
 
 

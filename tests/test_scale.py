@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import scale
 import starter
 
+from audiomaepp.batches import ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.synthetic import generated
 
@@ -31,6 +33,20 @@ def test_growth_is_measured_in_processes_of_their_own(tmp_path):
 def test_growth_is_the_ratio_to_the_smaller_set():
     said = scale.table([("open", 10, 2.0, 50.0), ("open", 100, 5.0, 60.0)])
     assert "2.5" in said and "1.2" in said
+
+
+def test_loading_is_compared_with_the_rate_of_the_model():
+    """Else nobody knows from the seconds of a worker whether a training would wait for it."""
+    rows = [("load 960", 10, 1.0, 1.0), ("load 960", 90, 2.0, 1.0), ("train 960", 90, 4.0, 1.0)]
+    (said,) = scale.loading_beside_training(rows)
+    assert said == "90 recordings: one worker loads 480 clips/s, 2.00 times the 240 of the model"
+
+
+def test_a_small_set_is_loaded_again_until_960_clips_are_there():
+    cfg = Config.preset("nano", batch_size=32, num_workers=0)
+    loaded = list(scale.batches_of(ClipLoader(generated(70, 3, 0.1), cfg)))
+    assert sum(len(batch["index"]) for batch in loaded) == 960
+    assert not torch.equal(loaded[0]["index"], loaded[2]["index"])  # the next epoch has another order
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 
 from audiomaepp import data, pieces, shards, source
 from audiomaepp.audio import AudioError, load_audio, probe
-from audiomaepp.batches import _plan, _shuffled
+from audiomaepp.batches import ClipLoader, _plan, _shuffled
 from audiomaepp.cli import main
 from audiomaepp.config import Config
 from audiomaepp.data import NoRecordings, open_recordings
@@ -88,11 +88,13 @@ def test_embeddings_of_shards_are_those_of_the_folder(folder, made, tmp_path):
 
 def test_columns_survive_so_that_a_fold_can_be_held_out(folder, tmp_path):
     files = open_recordings(folder).table.assign(fold=[1 + i % 3 for i in range(24)], site="north")
+    files = files.assign(size=range(24), first="x", name="n")  # a column may have any name
     files.loc[4, "site"] = None
     files.to_csv(tmp_path / "list.csv", index=False)
     main(["shard", str(tmp_path / "list.csv"), str(tmp_path / "out"), "--clips", "7", "--quiet"])
     table = open_shards(tmp_path / "out").table
-    assert table["fold"].tolist() == files["fold"].tolist()
+    for name in ("fold", "size", "first", "name"):
+        assert table[name].tolist() == files[name].tolist()
     assert table["site"].isna().tolist() == [i == 4 for i in range(24)]
     run = Run.train(f"{tmp_path}/out/{{000000..000003}}.tar", fold=2, out=tmp_path / "run", quiet=True, **TINY)
     assert "fold 2" in str(run.evaluate(quiet=True))
@@ -306,6 +308,63 @@ def test_a_clip_at_an_address_costs_its_own_bytes(made, monkeypatch):
     for i in range(5):
         recordings.wav(i)
     assert fetched == sizes
+
+
+def test_commands_take_an_address_alone(made, tmp_path, capsys, monkeypatch):
+    """It means sounds, as a folder does, and the model is the one that the package brings."""
+    monkeypatch.chdir(tmp_path)
+    main(["embed", f"file://{made}", "--quiet"])
+    assert len(pd.read_parquet("embeddings.parquet")) == 24
+    main(["map", f"file://{made}", "--quiet"])
+    assert [path.suffix for path in sorted(Path("runs/starter/embeddings").iterdir())].count(".html") == 1
+    main(["search", f"file://{made}", open_recordings(made).paths[3], "--json"])
+    assert json.loads(capsys.readouterr().out)["hits"]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_shard_that_is_missing_at_an_address_is_named_and_not_left_out(manifest, made, tmp_path):
+    """Else a training would go on with three of ten shards, and nothing would say so."""
+    for path in made.glob("*.tar" if not manifest else "*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(FileNotFoundError, match="000003.tar"):
+        open_shards(f"file://{tmp_path}/{{000000..000009}}.tar")
+    assert len(open_shards(f"file://{tmp_path}/{{000001..000002}}.tar")) == 14
+    assert len(open_shards(f"file://{tmp_path}/*.tar")) == 24 and len(open_shards(f"file://{tmp_path}/*1.tar")) == 10
+    with pytest.raises(FileNotFoundError, match="matches no tar file"):
+        open_shards(f"file://{tmp_path}/x*.tar")
+
+
+def test_a_shard_without_a_recording_is_no_missing_one(folder, tmp_path):
+    """Its recordings could not be opened, so the manifest does not name it."""
+    (tmp_path / "in").mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.wav"))[:2]):
+        (tmp_path / "in" / f"{i}.wav").write_bytes(path.read_bytes() if i else b"no sound")
+    shard(tmp_path / "in", tmp_path / "out", clips=1, quiet=True)
+    assert len(open_shards(f"file://{tmp_path}/out/{{000000..000001}}.tar")) == 1
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+def test_a_network_that_fails_does_not_end_a_training(failures, made, monkeypatch):
+    """Its libraries raise errors of their own, which are no OSError; what the second try reads is not lost."""
+    there, plain, left = open_recordings(f"file://{made}"), data.Recordings.crop, [failures]
+    cfg = Config.preset("nano", **TINY, batch_size=8, max_unreadable=0.05, num_workers=0)
+    whole = list(ClipLoader(there, cfg))
+
+    class PayloadError(Exception):
+        reason = OSError(104, "Connection reset by peer")
+
+    def crop(self, row, *args):
+        if row == 13 and left[0]:
+            left[0] -= 1
+            raise PayloadError("payload is not completed")
+        return plain(self, row, *args)
+
+    monkeypatch.setattr(data.Recordings, "crop", crop)
+    batches = list(ClipLoader(there, cfg))
+    assert len(batches) == len(whole) == 3
+    assert there.skipped == [(there.paths[13], "PayloadError: payload is not completed")] * (failures > 1)
+    same = [torch.equal(a["wav"], b["wav"]) for a, b in zip(batches, whole, strict=True)]
+    assert same.count(False) == (failures > 1)
 
 
 # ---- many of them
