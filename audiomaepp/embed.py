@@ -590,8 +590,9 @@ def open_model(
     if not isinstance(model_or_path, str | os.PathLike):
         raise TypeError("model_or_path must be a model, a folder with one or a repository of the Hub, got "
                         f"{type(model_or_path).__name__}; use the model of a run as run.model")
-    place = os.path.abspath(model_or_path) if os.path.isdir(model_or_path) else str(model_or_path)
-    return AudioMAEPlusPlus.from_pretrained(model_or_path), place
+    from audiomaepp.pretrained import place_of
+
+    return AudioMAEPlusPlus.from_pretrained(model_or_path), place_of(model_or_path)
 
 
 def hop_samples(

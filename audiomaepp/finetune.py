@@ -40,7 +40,7 @@ from audiomaepp.files import (
 )
 from .model import AudioMAEPlusPlus
 from .pooling import extract_embeddings
-from .pretrained import load_official
+from .pretrained import load_official, place_of
 from .source import Parts, Source, load_source, open_again, open_source, save_source
 from .train import History, Trainer, param_groups
 from .validation import without_validation
@@ -341,7 +341,7 @@ def finetune_run(
                 raise ValueError(f"{out} already holds a classifier that is complete; choose another out")
             return _scores(out)
         claim(out, "finetune", CLASSIFIER_FILES)
-        pretrained = _load_model(os.fspath(model), how.seed)
+        pretrained = _load_model(model, how.seed)
         train, test, protocol = open_again(out, pretrained.cfg, quiet) if begun else \
             _open_parts(pretrained, Path(model), source, out, quiet)
         write_atomic(out / "finetune.json", json.dumps(facts, indent=2).encode() + b"\n")
@@ -359,9 +359,8 @@ def finetune_run(
 # %% ../nbs/41_finetune.ipynb #f17e0004
 def _facts(model: str | os.PathLike, source: Source | None, how: FinetuneSettings) -> dict:
     "Return everything that affects the result, as plain JSON types."
-    where = os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
     data = dataclasses.asdict(source or Source(data="")) | {"data": source.place if source else ""}
-    return dict(model=where, data=data, **dataclasses.asdict(how))
+    return dict(model=place_of(model), data=data, **dataclasses.asdict(how))
 
 
 def _is_begun(out: Path, facts: dict) -> bool:
@@ -386,7 +385,7 @@ def _scores(out: Path) -> dict:
     return check_fields(read_json(out / "results.json"), kinds, out / "results.json")
 
 
-def _load_model(model: str, seed: int) -> AudioMAEPlusPlus:
+def _load_model(model: str | os.PathLike, seed: int) -> AudioMAEPlusPlus:
     "Return the model of a file, folder or Hub repository; for a preset, a model with random weights."
     if model in PRESETS:
         torch.manual_seed(seed)

@@ -33,14 +33,21 @@ from .weights import check_finite, check_shapes, read_tensors, sizes, weight_sha
 STARTERS = ("starter", "starter_words") # models that the package brings
 
 
+def place_of(
+    source: str | os.PathLike, # folder, file, name of a Hub repository, or one of `STARTERS`
+) -> str:
+    "Return the name of a model, independent of the working folder."
+    return os.fspath(source) if source in STARTERS or not os.path.exists(source) else os.path.abspath(source)
+
+
 def _find(
     source: str | os.PathLike, # folder, name of a Hub repository, or one of `STARTERS`
     name: str, # file in it
     options: dict, # arguments of `hf_hub_download`
 ) -> Path:
     "Return the path of a model's file, downloaded if `source` is a repository; a starter goes before a folder."
-    if str(source) in STARTERS:
-        return Path(str(importlib.resources.files("audiomaepp") / "starters" / str(source) / name))
+    if source in STARTERS:  # a `Path` is a folder, also one of that name
+        return Path(str(importlib.resources.files("audiomaepp") / "starters" / source / name))
     path, use = Path(source) / name, "use a folder that save_pretrained or a run wrote"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).parent.is_dir():
         try:

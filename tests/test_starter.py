@@ -19,7 +19,7 @@ from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.estimator import AudioMAEEmbedder
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import STARTERS
-from audiomaepp.run import Run
+from audiomaepp.run import Run, open_table
 from audiomaepp.search import SoundIndex
 from audiomaepp.synthetic import generated, synthesize
 
@@ -71,6 +71,25 @@ def test_a_folder_of_the_same_name_is_not_it(tmp_path, monkeypatch):
     assert EmbeddingGenerator().model.embedding_dim == EmbeddingGenerator("starter").model.embedding_dim
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         EmbeddingGenerator("./starter")
+
+
+def test_a_table_beside_a_folder_of_that_name_can_be_searched_and_mapped(sounds, tmp_path, monkeypatch):
+    """`map` itself makes runs/starter: inside runs/, a table that names this folder as its model was of no more use."""
+    (tmp_path / "runs" / "starter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    EmbeddingGenerator().embed_folder(sounds, "x.parquet", quiet=True)
+    new = synthesize(n=1, seed=99)
+    soundfile.write("new.wav", np.asarray(new.waves[0]), new.sample_rate)
+    assert len(SoundIndex("x.parquet").search("new.wav", k=3)) == 3
+    assert "trained on generated sounds alone" in open_table("x.parquet").held_out
+
+
+def test_a_run_of_that_name_is_its_own_model(sounds, tmp_path, monkeypatch):
+    """Run.train(out="starter") and all that follows from it used the weights of the package in place of its own."""
+    monkeypatch.chdir(tmp_path)
+    run = Run.train(sounds, out="starter", epochs=1, warmup_epochs=0.5, quiet=True)
+    assert run.model.cfg.depth == run.config.depth != EmbeddingGenerator().cfg.depth
+    assert EmbeddingGenerator(run.path).place == str(tmp_path / "starter")
 
 
 def test_it_needs_no_network_and_no_folder(tmp_path):
