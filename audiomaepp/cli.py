@@ -51,6 +51,7 @@ class Command:
     json: bool = False # print one JSON object on standard output, everything else on standard error
     quiet: bool = False # print no progress and no messages, only results
     device: str | None = None # cpu, cuda, cuda:1, mps; a GPU if there is one
+    skipped: ClassVar[list] = [] # (path, reason) of sounds that could not be embedded
 
     def say(self, *lines: object):
         "Print messages."
@@ -65,7 +66,20 @@ class Command:
         from audiomaepp.run import embed_with_starter
 
         self.say("Embedding the sounds with the model that the package brings …")
-        return str(embed_with_starter(place, self.quiet, self.device))
+        table = embed_with_starter(place, self.quiet, self.device)
+        self.skipped = table.attrs["skipped"]
+        self.say(counts(table))
+        self.list_skipped(Path(table.attrs["path"]).with_suffix(".skipped.csv"))
+        return table.attrs["path"]
+
+    def list_skipped(
+        self,
+        path: Path, # CSV file
+    ):
+        "Write a table of what was skipped, if anything was; print the first reasons."
+        if self.skipped:
+            self.skipped.to_csv(path)
+            self.say(*skipped_lines(self.skipped), f"All in {path}")
 
     def run(self) -> dict: # facts for --json
         "Do the work."
@@ -76,6 +90,14 @@ class Command:
         return ""
 
 # %% ../nbs/60_cli.ipynb #e9719f4e
+def counts(
+    table, # DataFrame of `embed_folder`
+) -> str:
+    "Return how many recordings were embedded, and how many were skipped."
+    new, skipped, count = table.attrs["new"], table.attrs["skipped"], table["path"].nunique()
+    return f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped"
+
+
 def is_sounds(
     place: str, # what a person has named
 ) -> bool:
@@ -252,7 +274,7 @@ class Map(Command):
         silent = explorer is not None and not explorer.payload["previews"]
         self.say(explorer.payload["note"] if explorer else "", "Written:", *(f"  {path}" for path in paths),
                  *how_to_look(paths, silent))
-        return {"pictures": paths}
+        return {"pictures": paths, "skipped": self.skipped}
 
 
 def how_to_look(
@@ -357,7 +379,7 @@ class Embed(Command):
             make_folder(path.parent)
             error.skipped.to_csv(path)
             raise
-        skipped = table.attrs["skipped"]
+        self.skipped = table.attrs["skipped"]
         size, count, new = table.attrs["dimensions"], table["path"].nunique(), table.attrs["new"]
         rows = f"{len(table)} windows, {size} numbers each" if self.windows else f"{size} numbers each"
         left = table.attrs.get("left", [])
@@ -366,13 +388,11 @@ class Embed(Command):
             late = f"; {n} recordings came later: call this again for them" if (n := table.attrs["missing"]) else ""
             self.say(f"part {part[0]}/{part[1]}: {new} recordings embedded, {size} numbers each; {end}{late}")
         else:
-            self.say(f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped; "
-                     f"{self.out} holds {count} ({rows})")
-        if skipped and table.attrs.get("merged", True):  # else they are listed by the process that merges
-            skipped.to_csv(path)
-            self.say(*skipped_lines(skipped), f"All in {path}")
-        counts = {"rows": len(table), "new": new, "dimensions": size}
-        return {"out": self.out, **counts, "skipped": [list(pair) for pair in skipped]}
+            self.say(f"{counts(table)}; {self.out} holds {count} ({rows})")
+        if table.attrs.get("merged", True):  # else they are listed by the process that merges
+            self.list_skipped(path)
+        facts = {"rows": len(table), "new": new, "dimensions": size}
+        return {"out": self.out, **facts, "skipped": [list(pair) for pair in self.skipped]}
 
     def after_stop(self) -> str:
         return "What was embedded is saved; the same command continues."
@@ -413,7 +433,7 @@ class Search(Command):
         table = hits.table.drop(columns="path_bytes", errors="ignore")
         if self.out:
             write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
-        return {"hits": json.loads(table.to_json(orient="records")), "recall": hits.recall}
+        return {"hits": json.loads(table.to_json(orient="records")), "recall": hits.recall, "skipped": self.skipped}
 
     def find(self, where: str, clips: list[str]) -> "Hits":
         "Return the nearest sounds in a Parquet file, or among those of a run."

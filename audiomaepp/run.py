@@ -746,15 +746,16 @@ def embed_with_starter(
     data: str | os.PathLike, # folder or table of sounds
     quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the model; a GPU if there is one
-) -> Path: # Parquet file in runs/starter
-    "Embed recordings with the model that the package brings, or continue their file."
+) -> "pd.DataFrame": # the recordings without their embeddings; `.attrs`: path of the file, skipped, new, …
+    "Embed recordings with the model that the package brings into a file in runs/starter, or continue that file."
     from audiomaepp.embed import EmbeddingGenerator, fingerprint
 
     generator = EmbeddingGenerator(device=device)
     out = embeddings_path(Path("runs/starter"), os.path.abspath(data), fingerprint(generator.model))
-    generator.embed_folder(data, out, quiet=quiet, vectors=False)
+    table = generator.embed_folder(data, out, quiet=quiet, vectors=False)
     remove_outdated(Path("runs/starter"), fingerprint(generator.model))
-    return out
+    table.attrs["path"] = os.fspath(out)
+    return table
 
 # %% ../nbs/40_run.ipynb #9a41c7e0
 def search_with_run(

@@ -1,6 +1,7 @@
 """The model in the box: it is there, it is small, it has heard no recording, and everything starts from it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -123,6 +124,24 @@ def test_commands_without_a_model(sounds, tmp_path, monkeypatch, capsys):
     main(["map", str(sounds), "--json"])
     (page,) = (p for p in json.loads(capsys.readouterr().out)["pictures"] if p.endswith(".html"))
     assert "trained on generated sounds alone" in open(page, encoding="utf-8").read()
+
+
+@pytest.mark.parametrize("command", ["map", "search"])
+def test_damaged_sounds_are_not_left_out_in_silence(sounds, tmp_path, monkeypatch, capsys, command):
+    """A map or a search of 9,000 of 10,000 sounds looked complete."""
+    monkeypatch.chdir(tmp_path)
+    folder, query = shutil.copytree(sounds / "struck", tmp_path / "sounds"), str(next(sounds.rglob("*.wav")))
+    for i in range(7):
+        (folder / f"bad{i}.wav").write_bytes(b"RIFFxxxx")
+    main([command, "sounds", *[query] * (command == "search"), "--json"])
+    told = capsys.readouterr().err
+    assert "4 recordings embedded, 0 were there already, 7 skipped" in told
+    assert "bad0.wav: " in told and "… and 2 more, all in skipped.csv" in told
+    (listed,) = tmp_path.rglob("*.skipped.csv")
+    assert f"All in {listed.relative_to(tmp_path)}" in told and len(pd.read_csv(listed)) == 7
+    main([command, "sounds", *[query] * (command == "search"), "--json", "--quiet"])
+    facts = json.loads(capsys.readouterr().out)
+    assert [path.rsplit("/")[-1] for path, _ in facts["skipped"]] == [f"bad{i}.wav" for i in range(7)]
 
 
 def test_a_clip_that_is_not_in_the_table_is_searched_with_it(sounds, tmp_path):
