@@ -48,7 +48,8 @@ def _find(
     "Return the path of a model's file, downloaded if `source` is a repository; a starter goes before a folder."
     if source in STARTERS:  # a `Path` is a folder, also one of that name
         return Path(str(importlib.resources.files("audiomaepp") / "starters" / source / name))
-    path, use = Path(source) / name, "use a folder that save_pretrained or a run wrote"
+    ours = "" if Path(source).is_dir() else f"{' or '.join(STARTERS)}, which the package brings, or "
+    path, use = Path(source) / name, f"use {ours}a folder that save_pretrained or a run wrote"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).parent.is_dir():
         try:
             return Path(hf_hub_download(str(source), name, **options))

@@ -108,6 +108,24 @@ print(len(EmbeddingGenerator().extract_embedding(torch.randn(16000))))
     assert int(run.stdout) == EmbeddingGenerator().model.embedding_dim
 
 
+@pytest.mark.parametrize("line", [
+    "embed startr sounds", "train sounds --init Starter --out run", "finetune starter-words sounds --out run",
+    "distil startr sounds --out run", "distil gone.parquet sounds --out run",
+])  # fmt: skip
+def test_a_wrong_name_of_a_model_fails_at_once_and_says_what_there_is(tmp_path, monkeypatch, line):
+    """The message knew only of folders, and distil decoded all sounds before it came to its teacher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sounds").mkdir()
+    for i in range(3):
+        (tmp_path / "sounds" / f"{i}.wav").write_bytes(b"RIFFxxxx")  # an attempt to decode them is another error
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    name = next(word for word in line.split() if word.lower().startswith("start") or word == "gone.parquet")
+    assert name in end.value.code and "readable" not in end.value.code
+    assert name == "gone.parquet" or "use starter or starter_words, which the package brings" in end.value.code
+    assert not (tmp_path / "run").exists()
+
+
 # ---- what starts from it
 
 
