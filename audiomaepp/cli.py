@@ -247,9 +247,7 @@ class Map(Command):
     out: str | None = None # HTML file for the map of a table
 
     def run(self) -> dict:
-        if is_sounds(self.place):
-            self.place = self.embed_sounds(self.place)
-        if Path(self.place).is_file():
+        if is_sounds(self.place) or Path(self.place).is_file():
             return self.draw_table()
         from audiomaepp.run import Run
 
@@ -265,11 +263,18 @@ class Map(Command):
         return {**report.to_dict(), "pictures": paths}
 
     def draw_table(self) -> dict:
-        "Draw the map of a table."
-        from audiomaepp.run import map_table
+        "Draw the map of a table, or of sounds."
+        from audiomaepp.run import map_files, map_table
 
         if self.everything:
             raise ValueError("all must come with a run, got it with a table, whose map has every row; leave it out")
+        if _is_sound(self.place) and not is_sounds(self.place):
+            raise ValueError("place must be a run, a folder or table of sounds, or a Parquet file that embed wrote, "
+                             f"got the file {self.place!r}; use the folder of your sounds")
+        if self.out:
+            map_files(Path(self.out), self.atlas)
+        if is_sounds(self.place):
+            self.place = self.embed_sounds(self.place)
         paths, explorer = map_table(self.place, self.out, self.color, self.atlas)
         silent = explorer is not None and not explorer.payload["previews"]
         self.say(explorer.payload["note"] if explorer else "", "Written:", *(f"  {path}" for path in paths),
@@ -376,8 +381,9 @@ class Embed(Command):
         try:
             table = generator.embed_folder(self.data, self.out, self.pooling_mode, self.quiet, **how)
         except NoRecordings as error:
-            make_folder(path.parent)
-            error.skipped.to_csv(path)
+            if error.skipped:
+                make_folder(path.parent)
+                error.skipped.to_csv(path)
             raise
         self.skipped = table.attrs["skipped"]
         size, count, new = table.attrs["dimensions"], table["path"].nunique(), table.attrs["new"]

@@ -913,7 +913,7 @@ def map_table(
     from audiomaepp.explorer import MOST_POINTS, explore, save_atlas
 
     page = Path(out or Path(path).with_name(f"{Path(path).stem}_map.html"))
-    paths, explorer = _outputs(page, atlas), None
+    paths, explorer = map_files(page, atlas), None
     if color != "label":
         need_color(color, [name for name in parquet_schema(path).names if name == "start" or name not in _UNSEEN])
     vectors, table, audio, held_out = open_table(path)
@@ -934,7 +934,7 @@ def map_table(
     return paths, explorer
 
 
-def _outputs(
+def map_files(
     page: Path, # HTML file
     atlas: bool, # whether there will be a table for embedding-atlas
 ) -> list[Path]:

@@ -126,6 +126,32 @@ def test_a_wrong_name_of_a_model_fails_at_once_and_says_what_there_is(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("line", "reason"), [
+    ("map sounds --out m1", "use m1.html"), ("map sounds --out note.html", "use another --out"),
+    ("map sounds --all", "all must come with a run"),
+    ("embed sounds --pooling-mode maxi", "pooling_mode must be one of"),
+    ("map sounds/a.wav", "place must be a run, a folder or table of sounds, or a Parquet file"),
+    ("embed empty", "contains no audio"),
+])  # fmt: skip
+def test_what_cannot_work_fails_before_the_sounds_are_embedded(sounds, tmp_path, monkeypatch, line, reason):
+    """An hour of embedding ended in an error about a flag; `embed` of nothing left an empty table of skipped files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(sounds / "struck", tmp_path / "sounds")
+    shutil.copy(next(sounds.rglob("*.wav")), tmp_path / "sounds" / "a.wav")
+    (tmp_path / "note.html").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    assert reason in end.value.code
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_wrong_pooling_mode_fails_before_a_sound_is_decoded(tmp_path):
+    with pytest.raises(ValueError, match="got 'maxi'; leave it out"):
+        EmbeddingGenerator().extract_embedding(tmp_path / "gone.wav", pooling_mode="maxi")
+
+
 # ---- what starts from it
 
 
