@@ -110,7 +110,12 @@ def inherit(
     if wrong:
         raise ValueError(f"{wrong[0]} must be {fixed[wrong[0]]!r}, as in the model init={cfg.init!r}, got "
                          f"{getattr(cfg, wrong[0])!r}; leave it out, or train from random weights")
-    return cfg.replace(**fixed)
+    try:
+        return cfg.replace(**fixed)
+    except ValueError as error:
+        raise ValueError(f"preset and model must fit together, got init={cfg.init!r} and settings that its weights do "
+                         f"not allow ({str(error).partition(';')[0]}); use init='starter_words' with a preset of words "
+                         "and init='starter' with a preset for sounds of seconds") from error
 
 
 def first_model(cfg: Config) -> AudioMAEPlusPlus:
