@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_
 import tyro
 
 from . import __version__
-from .config import PRESET_SUMMARIES, PRESETS, Config
+from .config import PRESET_SUMMARIES, PRESETS, STARTERS, Config
 from .config import _known as known_settings
 from .files import OutputError, check_table, make_folder, printable, write_atomic
 from .source import Source, need_path, skipped_lines
@@ -61,12 +61,13 @@ class Command:
     def embed_sounds(
         self,
         place: str, # folder or table of sounds
+        model: str = "starter", # model that the package brings
     ) -> str: # Parquet file
-        "Embed recordings with the model that the package brings, or continue their file."
+        "Embed recordings with a model that the package brings, or continue their file."
         from audiomaepp.run import embed_with_starter
 
-        self.say("Embedding the sounds with the model that the package brings …")
-        table = embed_with_starter(place, self.quiet, self.device)
+        self.say(f"Embedding the sounds with {model}, a model that the package brings …")
+        table = embed_with_starter(place, self.quiet, self.device, model)
         self.skipped = table.attrs["skipped"]
         self.say(counts(table))
         self.list_skipped(Path(table.attrs["path"]).with_suffix(".skipped.csv"))
@@ -236,7 +237,8 @@ class Evaluate(Command):
 class Map(Command):
     """Draw the clips of a run, of a table of embeddings, or of a folder of sounds, as a map that can be heard.
 
-    A folder of sounds is embedded with the model that the package brings: audiomaepp map sounds.
+    A folder of sounds is embedded with a model that the package brings: audiomaepp map sounds, and for sounds shorter
+    than a second audiomaepp map starter_words sounds.
     A run gets map.html, map.png, reconstructions and losses; embeddings.parquet gets embeddings_map.html beside it.
     """
 
@@ -245,8 +247,11 @@ class Map(Command):
     everything: Annotated[bool, tyro.conf.arg(name="all")] = False # draw the training clips of the run too, hollow
     atlas: bool = False # write map_atlas.parquet too, for embedding-atlas; needed above 50,000 clips
     out: str | None = None # HTML file for the map of a table
+    model: str | None = None # starter or starter_words, which embeds a folder of sounds; starter by default
 
     def run(self) -> dict:
+        if self.model and not is_sounds(self.place):
+            raise ValueError(f"model must come with a folder or table of sounds, got {self.place!r}; leave --model out")
         if is_sounds(self.place) or Path(self.place).is_file():
             return self.draw_table()
         from audiomaepp.run import Run
@@ -274,7 +279,7 @@ class Map(Command):
         if self.out:
             map_files(Path(self.out), self.atlas)
         if is_sounds(self.place):
-            self.place = self.embed_sounds(self.place)
+            self.place = self.embed_sounds(self.place, self.model or "starter")
         paths, explorer = map_table(self.place, self.out, self.color, self.atlas)
         silent = explorer is not None and not explorer.payload["previews"]
         self.say(explorer.payload["note"] if explorer else "", "Written:", *(f"  {path}" for path in paths),
@@ -419,7 +424,7 @@ class Search(Command):
     place: tyro.conf.Positional[str] # folder of a run or of sounds, to search its sounds; Parquet file of embed; a clip
     clips: tyro.conf.Positional[tuple[str, ...]] # sound files, searched or not
     table: Annotated[str | None, tyro.conf.arg(name="in")] = None # Parquet file, if not named before the clips
-    model: str | None = None # model that wrote the file, for clips that are not in it; as noted there by default
+    model: str | None = None # model of the file, for clips not in it, or starter_words; as noted there, or starter
     k: int = 10 # number of sounds to find
     out: str | None = None # CSV file for the result; it replaces only a table of the same kind
 
@@ -444,7 +449,7 @@ class Search(Command):
     def find(self, where: str, clips: list[str]) -> "Hits":
         "Return the nearest sounds in a Parquet file, or among those of a run."
         if is_sounds(where):
-            where = self.embed_sounds(where)
+            where = self.embed_sounds(where, self.model or "starter")
         if Path(where).is_file():
             from audiomaepp.search import SoundIndex
 
@@ -895,7 +900,9 @@ _BEFORE_DATA = {  # words before the folder
 def with_data(
     words: list[str], # arguments after `audiomaepp`
 ) -> list[str]:
-    "Return the arguments with --data before a folder that has no flag."
+    "Return the arguments with --data before a folder that has no flag, and --model before the name of a model."
+    if len(words) > 2 and words[0] in ("map", "search") and words[1] in STARTERS and is_sounds(words[2]):
+        return [words[0], "--model", *words[1:]]
     at = _BEFORE_DATA.get(words[0] if words else "", len(words))
     if words[:1] == ["embed"] and len(words) > 1 and is_sounds(words[1]):  # the model is left out
         at = 1

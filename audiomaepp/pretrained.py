@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor
 
-from .config import PRESETS, Config, _FrontEnd, _Image, _Model
+from .config import PRESETS, STARTERS, Config, _FrontEnd, _Image, _Model
 from .files import check_archive, damaged, make_folder, naming, read_header
 from .model import AudioMAEPlusPlus
 from .pooling import Whitening
@@ -30,9 +30,6 @@ from .tables import render
 from .weights import check_finite, check_shapes, read_tensors, sizes, weight_shapes
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0012
-STARTERS = ("starter", "starter_words") # models that the package brings
-
-
 def place_of(
     source: str | os.PathLike, # folder, file, name of a Hub repository, or one of `STARTERS`
 ) -> str:

@@ -188,6 +188,22 @@ def test_damaged_sounds_are_not_left_out_in_silence(sounds, tmp_path, monkeypatc
     assert [path.rsplit("/")[-1] for path, _ in facts["skipped"]] == [f"bad{i}.wav" for i in range(7)]
 
 
+def test_map_and_search_take_the_model_of_words_too(sounds, tmp_path, monkeypatch, capsys):
+    """Only embed took its name, although words are what it is better at."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sounds / "struck", tmp_path / "sounds")
+    query = str(next(sounds.rglob("*.wav")))
+    main(["search", "starter_words", "sounds", query, "--json"])
+    assert len(json.loads(capsys.readouterr().out)["hits"]) == 4
+    main(["map", "starter_words", "sounds", "--json"])
+    (page, _) = json.loads(capsys.readouterr().out)["pictures"]
+    assert page.startswith("runs/starter_words/") and "generated sounds alone" in open(page, encoding="utf-8").read()
+    assert not (tmp_path / "runs" / "starter").exists()
+    for line in ("map sounds --model runs/a", "search sounds a.wav --model runs/a", f"map {page} --model starter"):
+        with pytest.raises(SystemExit, match="model must "):
+            main(line.split())
+
+
 def test_a_clip_that_is_not_in_the_table_is_searched_with_it(sounds, tmp_path):
     out = tmp_path / "x.parquet"
     EmbeddingGenerator().embed_folder(sounds, out, quiet=True)
