@@ -175,6 +175,11 @@ class _Output(NamedTuple):
     logits: Tensor # (B, classes)
 
 # %% ../nbs/41_finetune.ipynb #41a0000f
+_POOLED = dict(  # the head gets pooled tokens alone; a whitening fits the encoder before this training
+    whiten=False, embedding_pooling="training", embedding_layers=(), add_statistics=False,
+)
+
+
 class Classifier(nn.Module):
     "A pretrained encoder with a linear head: spectrograms or recordings → classes."
 
@@ -188,7 +193,7 @@ class Classifier(nn.Module):
         super().__init__()
         _check_settings(classes, layer_decay, mixup)
         self.model, self.classes, self.layer_decay, self.mixup = model, list(classes), layer_decay, mixup
-        model.whitening, model.cfg = None, model.cfg.replace(whiten=False)  # it fits the encoder before this training
+        model.whitening, model.cfg = None, model.cfg.replace(**_POOLED)
         self.model.decoder.requires_grad_(False)
         self.model.encoder.requires_grad_(layer_decay > 0)
         self.head = _head(model.cfg.pooled_dim, len(self.classes))

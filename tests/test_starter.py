@@ -18,10 +18,12 @@ from audiomaepp import hear
 from audiomaepp.cli import main
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.estimator import AudioMAEEmbedder
+from audiomaepp.finetune import finetune_run
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import STARTERS
 from audiomaepp.run import Run, open_table
 from audiomaepp.search import SoundIndex
+from audiomaepp.source import Source
 from audiomaepp.synthetic import generated, synthesize
 
 FOLDER = files("audiomaepp") / "starters"
@@ -227,6 +229,14 @@ def test_a_pipeline_and_hear_without_a_model(sounds):
     assert pipeline.score(paths, labels) == 1
     model = hear.load_model()
     assert hear.get_scene_embeddings(torch.randn(2, 16_000), model).shape == (2, model.scene_embedding_size)
+
+
+@both
+def test_a_classifier_is_fine_tuned_from_it(sounds, tmp_path, name):
+    """The head was trained on pooled tokens and then given the whole read-out: an error about the size of a tensor."""
+    found = finetune_run(name, tmp_path / "run", Source(str(sounds)), quiet=True, epochs=1)
+    assert 0 <= found["accuracy"] <= 1 and found["n_test"] > 0
+    assert len(Run(tmp_path / "run").predict(next(sounds.rglob("*.wav")))) == 1
 
 
 @both
