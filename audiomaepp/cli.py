@@ -68,19 +68,24 @@ class Command:
 
         self.say(f"Embedding the sounds with {model}, a model that the package brings …")
         table = embed_with_starter(place, self.quiet, self.device, model)
-        self.skipped = table.attrs["skipped"]
         self.say(counts(table))
-        self.list_skipped(Path(table.attrs["path"]).with_suffix(".skipped.csv"))
+        self.list_skipped(table, place, Path(table.attrs["path"]).with_suffix(".skipped.csv"))
         return table.attrs["path"]
 
     def list_skipped(
         self,
+        table, # DataFrame of `embed_folder`
+        place: str, # its sounds
         path: Path, # CSV file
     ):
-        "Write a table of what was skipped, if anything was; print the first reasons."
+        "Write a table of what was skipped, and print the first reasons; raise `ValueError` if nothing else is left."
+        self.skipped = table.attrs["skipped"]
         if self.skipped:
             self.skipped.to_csv(path)
             self.say(*skipped_lines(self.skipped), f"All in {path}")
+        if not len(table) and "left" not in table.attrs:  # a part may be empty
+            raise ValueError(f"{place} must hold sounds that can be decoded, got {len(self.skipped)} that cannot; use "
+                             "others")
 
     def run(self) -> dict: # facts for --json
         "Do the work."
@@ -390,7 +395,6 @@ class Embed(Command):
                 make_folder(path.parent)
                 error.skipped.to_csv(path)
             raise
-        self.skipped = table.attrs["skipped"]
         size, count, new = table.attrs["dimensions"], table["path"].nunique(), table.attrs["new"]
         rows = f"{len(table)} windows, {size} numbers each" if self.windows else f"{size} numbers each"
         left = table.attrs.get("left", [])
@@ -400,10 +404,10 @@ class Embed(Command):
             self.say(f"part {part[0]}/{part[1]}: {new} recordings embedded, {size} numbers each; {end}{late}")
         else:
             self.say(f"{counts(table)}; {self.out} holds {count} ({rows})")
-        if table.attrs.get("merged", True):  # else they are listed by the process that merges
-            self.list_skipped(path)
+        if table.attrs.get("merged", True):  # else what was skipped is listed by the process that merges
+            self.list_skipped(table, self.data, path)
         facts = {"rows": len(table), "new": new, "dimensions": size}
-        return {"out": self.out, **facts, "skipped": [list(pair) for pair in self.skipped]}
+        return {"out": self.out, **facts, "skipped": [list(pair) for pair in table.attrs["skipped"]]}
 
     def after_stop(self) -> str:
         return "What was embedded is saved; the same command continues."

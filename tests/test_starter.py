@@ -190,6 +190,18 @@ def test_damaged_sounds_are_not_left_out_in_silence(sounds, tmp_path, monkeypatc
     assert [path.rsplit("/")[-1] for path, _ in facts["skipped"]] == [f"bad{i}.wav" for i in range(7)]
 
 
+@pytest.mark.parametrize("line", ["embed sounds", "map sounds", "search sounds sounds/0.wav"])
+def test_sounds_of_which_none_can_be_decoded_are_an_error(tmp_path, monkeypatch, capsys, line):
+    """`embed` ended with exit code 0, although its help says 1; the others found fault with a table of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sounds").mkdir()
+    for i in range(3):
+        (tmp_path / "sounds" / f"{i}.wav").write_bytes(b"RIFFxxxx")
+    with pytest.raises(SystemExit, match="sounds must hold sounds that can be decoded, got 3 that cannot"):
+        main(line.split())
+    assert "0.wav: " in capsys.readouterr().out and len(list(tmp_path.rglob("*.skipped.csv"))) == 1
+
+
 def test_map_and_search_take_the_model_of_words_too(sounds, tmp_path, monkeypatch, capsys):
     """Only embed took its name, although words are what it is better at."""
     monkeypatch.chdir(tmp_path)
