@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_
 import tyro
 
 from . import __version__
-from .config import PRESET_SUMMARIES, PRESETS, Config
+from .config import PRESET_SUMMARIES, PRESETS, STARTERS, Config
 from .config import _known as known_settings
 from .files import OutputError, check_table, make_folder, printable, write_atomic
 from .pieces import is_address
@@ -52,6 +52,7 @@ class Command:
     json: bool = False # print one JSON object on standard output, everything else on standard error
     quiet: bool = False # print no progress and no messages, only results
     device: str | None = None # cpu, cuda, cuda:1, mps; a GPU if there is one
+    skipped: ClassVar[list] = [] # (path, reason) of sounds that could not be embedded
 
     def say(self, *lines: object):
         "Print messages."
@@ -61,12 +62,31 @@ class Command:
     def embed_sounds(
         self,
         place: str, # folder or table of sounds
+        model: str = "starter", # model that the package brings
     ) -> str: # Parquet file
-        "Embed recordings with the model that the package brings, or continue their file."
+        "Embed recordings with a model that the package brings, or continue their file."
         from audiomaepp.run import embed_with_starter
 
-        self.say("Embedding the sounds with the model that the package brings …")
-        return str(embed_with_starter(place, self.quiet, self.device))
+        self.say(f"Embedding the sounds with {model}, a model that the package brings …")
+        table = embed_with_starter(place, self.quiet, self.device, model)
+        self.say(counts(table))
+        self.list_skipped(table, place, Path(table.attrs["path"]).with_suffix(".skipped.csv"))
+        return table.attrs["path"]
+
+    def list_skipped(
+        self,
+        table, # DataFrame of `embed_folder`
+        place: str, # its sounds
+        path: Path, # CSV file
+    ):
+        "Write a table of what was skipped, and print the first reasons; raise `ValueError` if nothing else is left."
+        self.skipped = table.attrs["skipped"]
+        if self.skipped:
+            self.skipped.to_csv(path)
+            self.say(*skipped_lines(self.skipped), f"All in {path}")
+        if not len(table) and "left" not in table.attrs:  # a part may be empty
+            raise ValueError(f"{place} must hold sounds that can be decoded, got {len(self.skipped)} that cannot; use "
+                             "others")
 
     def run(self) -> dict: # facts for --json
         "Do the work."
@@ -77,6 +97,14 @@ class Command:
         return ""
 
 # %% ../nbs/60_cli.ipynb #e9719f4e
+def counts(
+    table, # DataFrame of `embed_folder`
+) -> str:
+    "Return how many recordings were embedded, and how many were skipped."
+    new, skipped, count = table.attrs["new"], table.attrs["skipped"], table["path"].nunique()
+    return f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped"
+
+
 def is_sounds(
     place: str, # what a person has named
 ) -> bool:
@@ -215,7 +243,8 @@ class Evaluate(Command):
 class Map(Command):
     """Draw the clips of a run, of a table of embeddings, or of a folder of sounds, as a map that can be heard.
 
-    A folder of sounds is embedded with the model that the package brings: audiomaepp map sounds.
+    A folder of sounds is embedded with a model that the package brings: audiomaepp map sounds, and for sounds shorter
+    than a second audiomaepp map starter_words sounds.
     A run gets map.html, map.png, reconstructions and losses; embeddings.parquet gets embeddings_map.html beside it.
     """
 
@@ -224,16 +253,12 @@ class Map(Command):
     everything: Annotated[bool, tyro.conf.arg(name="all")] = False # draw the training clips of the run too, hollow
     atlas: bool = False # write map_atlas.parquet too, for embedding-atlas; needed above 50,000 clips
     out: str | None = None # HTML file for the map of a table
+    model: str | None = None # starter or starter_words, which embeds a folder of sounds; starter by default
 
     def run(self) -> dict:
-        if is_sounds(self.place):
-            from audiomaepp.data import open_recordings
-            from audiomaepp.run import need_few
-
-            if not self.atlas:
-                need_few(len(open_recordings(self.place)))
-            self.place = self.embed_sounds(self.place)
-        if Path(self.place).is_file():
+        if self.model and not is_sounds(self.place):
+            raise ValueError(f"model must come with a folder or table of sounds, got {self.place!r}; leave --model out")
+        if is_sounds(self.place) or Path(self.place).is_file():
             return self.draw_table()
         from audiomaepp.run import Run
 
@@ -249,16 +274,26 @@ class Map(Command):
         return {**report.to_dict(), "pictures": paths}
 
     def draw_table(self) -> dict:
-        "Draw the map of a table."
-        from audiomaepp.run import map_table
+        "Draw the map of a table, or of sounds."
+        from audiomaepp.data import open_recordings
+        from audiomaepp.run import map_files, map_table, need_few
 
         if self.everything:
             raise ValueError("all must come with a run, got it with a table, whose map has every row; leave it out")
+        if _is_sound(self.place) and not is_sounds(self.place):
+            raise ValueError("place must be a run, a folder or table of sounds, or a Parquet file that embed wrote, "
+                             f"got the file {self.place!r}; use the folder of your sounds")
+        if self.out:
+            map_files(Path(self.out), self.atlas)
+        if is_sounds(self.place):
+            if not self.atlas:
+                need_few(len(open_recordings(self.place)))
+            self.place = self.embed_sounds(self.place, self.model or "starter")
         paths, explorer = map_table(self.place, self.out, self.color, self.atlas)
         silent = explorer is not None and not explorer.payload["previews"]
         self.say(explorer.payload["note"] if explorer else "", "Written:", *(f"  {path}" for path in paths),
                  *how_to_look(paths, silent))
-        return {"pictures": paths}
+        return {"pictures": paths, "skipped": self.skipped}
 
 
 def how_to_look(
@@ -360,10 +395,10 @@ class Embed(Command):
         try:
             table = generator.embed_folder(self.data, self.out, self.pooling_mode, self.quiet, **how)
         except NoRecordings as error:
-            make_folder(path.parent)
-            error.skipped.to_csv(path)
+            if error.skipped:
+                make_folder(path.parent)
+                error.skipped.to_csv(path)
             raise
-        skipped = table.attrs["skipped"]
         size, count, new = table.attrs["dimensions"], table["path"].nunique(), table.attrs["new"]
         rows = f"{len(table)} windows, {size} numbers each" if self.windows else f"{size} numbers each"
         left = table.attrs.get("left", [])
@@ -372,13 +407,11 @@ class Embed(Command):
             late = f"; {n} recordings came later: call this again for them" if (n := table.attrs["missing"]) else ""
             self.say(f"part {part[0]}/{part[1]}: {new} recordings embedded, {size} numbers each; {end}{late}")
         else:
-            self.say(f"{new} recordings embedded, {count - new} were there already, {len(skipped)} skipped; "
-                     f"{self.out} holds {count} ({rows})")
-        if skipped and table.attrs.get("merged", True):  # else they are listed by the process that merges
-            skipped.to_csv(path)
-            self.say(*skipped_lines(skipped), f"All in {path}")
-        counts = {"rows": len(table), "new": new, "dimensions": size}
-        return {"out": self.out, **counts, "skipped": [list(pair) for pair in skipped]}
+            self.say(f"{counts(table)}; {self.out} holds {count} ({rows})")
+        if table.attrs.get("merged", True):  # else what was skipped is listed by the process that merges
+            self.list_skipped(table, self.data, path)
+        facts = {"rows": len(table), "new": new, "dimensions": size}
+        return {"out": self.out, **facts, "skipped": [list(pair) for pair in table.attrs["skipped"]]}
 
     def after_stop(self) -> str:
         return "What was embedded is saved; the same command continues."
@@ -399,7 +432,7 @@ class Search(Command):
     place: tyro.conf.Positional[str] # folder of a run or of sounds, to search its sounds; Parquet file of embed; a clip
     clips: tyro.conf.Positional[tuple[str, ...]] # sound files, searched or not
     table: Annotated[str | None, tyro.conf.arg(name="in")] = None # Parquet file, if not named before the clips
-    model: str | None = None # model that wrote the file, for clips that are not in it; as noted there by default
+    model: str | None = None # model of the file, for clips not in it, or starter_words; as noted there, or starter
     k: int = 10 # number of sounds to find
     out: str | None = None # CSV file for the result; it replaces only a table of the same kind
 
@@ -419,12 +452,12 @@ class Search(Command):
         table = hits.table.drop(columns="path_bytes", errors="ignore")
         if self.out:
             write_atomic(self.out, table.to_csv(index=False).encode("utf-8", "backslashreplace"))
-        return {"hits": json.loads(table.to_json(orient="records")), "recall": hits.recall}
+        return {"hits": json.loads(table.to_json(orient="records")), "recall": hits.recall, "skipped": self.skipped}
 
     def find(self, where: str, clips: list[str]) -> "Hits":
         "Return the nearest sounds in a Parquet file, or among those of a run."
         if is_sounds(where):
-            where = self.embed_sounds(where)
+            where = self.embed_sounds(where, self.model or "starter")
         if Path(where).is_file():
             from audiomaepp.search import SoundIndex
 
@@ -875,7 +908,9 @@ _BEFORE_DATA = {  # words before the folder
 def with_data(
     words: list[str], # arguments after `audiomaepp`
 ) -> list[str]:
-    "Return the arguments with --data before a folder that has no flag."
+    "Return the arguments with --data before a folder that has no flag, and --model before the name of a model."
+    if len(words) > 2 and words[0] in ("map", "search") and words[1] in STARTERS and is_sounds(words[2]):
+        return [words[0], "--model", *words[1:]]
     at = _BEFORE_DATA.get(words[0] if words else "", len(words))
     if words[:1] == ["embed"] and len(words) > 1 and is_sounds(words[1]):  # the model is left out
         at = 1

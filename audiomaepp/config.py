@@ -577,6 +577,7 @@ PRESETS = {
 }
 
 # %% ../nbs/00_config.ipynb #0c0ffefa
+STARTERS = ("starter", "starter_words") # models that the package brings
 _WIDTH = "{embed_dim} wide, {depth} blocks"
 PRESET_SUMMARIES = {  # name of a preset: what it is for, in a line
     "semantic": "sounds of several seconds with labels: similar sounds get close embeddings; minutes on a CPU",

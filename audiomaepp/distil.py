@@ -25,7 +25,7 @@ from .data import Recordings, Skipped
 from .embed import EmbeddingGenerator
 from .evaluate import evaluate_embeddings
 from .features import build_frontend
-from .files import claim, made_by, read_json, read_parquet, write_atomic
+from .files import claim, made_by, parquet_schema, read_json, read_parquet, write_atomic
 from .model import AudioMAEPlusPlus
 from .run import MODEL, RUN_FILES, Run, RunFolder, _held, _source_of, new_folder, whitened
 from .source import Parts, open_again, open_source, save_source
@@ -75,13 +75,24 @@ def _generator(teacher) -> EmbeddingGenerator:
     return EmbeddingGenerator(place)
 
 
+def _is_file(teacher) -> bool: return isinstance(teacher, str | os.PathLike) and str(teacher).endswith(".parquet")
+
+
+def _opened(teacher):
+    "Return a teacher with its model; raise an error if a name leads to none, before any sound is decoded."
+    if _is_file(teacher):
+        parquet_schema(teacher, ("path", "embedding"))
+        return teacher
+    return _generator(teacher) if isinstance(teacher, RunFolder | str | os.PathLike) else teacher
+
+
 def teacher_vectors(
     teacher, # run, model, folder or repository; HEAR module; function; table of embeddings or its Parquet file
     recordings: Recordings,
     quiet: bool = True, # whether progress is hidden
 ) -> tuple[np.ndarray, np.ndarray, Skipped]: # (m, D) float32; (m,) rows that have one; the others, with reasons
     "Return the teacher's vector of each recording; raise `TypeError` for what cannot be a teacher."
-    if hasattr(teacher, "columns") or isinstance(teacher, str | os.PathLike) and str(teacher).endswith(".parquet"):
+    if hasattr(teacher, "columns") or _is_file(teacher):
         found = _from_table(teacher, recordings)
     elif isinstance(teacher, EmbeddingGenerator | AudioMAEPlusPlus | RunFolder | str | os.PathLike):
         return _generator(teacher).embed_recordings(recordings, quiet=quiet)
@@ -215,6 +226,7 @@ def distil(
             raise ValueError(f"{wrong} differs from the distillation in {out}; use the same one to continue it, or "
                              "choose another out")
         claim(out, "distil", _FILES)
+        teacher = teacher if begun else _opened(teacher)
         parts = open_again(out, cfg, quiet) if begun else open_source(source, cfg, quiet, out)
         if not begun:
             cfg.save(out / "config.json")

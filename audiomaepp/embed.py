@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .audio import AudioError, load_audio, resample, stream_audio, windows
-from .config import Config
+from .config import POOLING_MODES, Config
 from .data import Recordings, Skipped, open_recordings
 from .features import build_frontend
 from .files import InUseError, Stopped, only_writer, printable, read_parquet, stopping, write_atomic
@@ -250,6 +250,11 @@ class EmbeddingStream:
     batch_size: int # windows per batch; the vectors do not depend on it
     pooling_mode: str | None = None # default: the config's
     windows: bool = False # whether each window is a row, and not each recording
+
+    def __post_init__(self):
+        if self.pooling_mode not in (None, *POOLING_MODES):
+            raise ValueError(f"pooling_mode must be one of {', '.join(POOLING_MODES)}, got {self.pooling_mode!r}; "
+                             "leave it out for the model's own")
 
     def __call__(
         self,
@@ -590,8 +595,9 @@ def open_model(
     if not isinstance(model_or_path, str | os.PathLike):
         raise TypeError("model_or_path must be a model, a folder with one or a repository of the Hub, got "
                         f"{type(model_or_path).__name__}; use the model of a run as run.model")
-    place = os.path.abspath(model_or_path) if os.path.isdir(model_or_path) else str(model_or_path)
-    return AudioMAEPlusPlus.from_pretrained(model_or_path), place
+    from audiomaepp.pretrained import place_of
+
+    return AudioMAEPlusPlus.from_pretrained(model_or_path), place_of(model_or_path)
 
 
 def hop_samples(

@@ -40,7 +40,7 @@ from audiomaepp.files import (
 )
 from .model import AudioMAEPlusPlus
 from .pooling import extract_embeddings
-from .pretrained import load_official
+from .pretrained import load_official, place_of
 from .source import Parts, Source, load_source, open_again, open_source, save_source
 from .train import History, Trainer, param_groups
 from .validation import without_validation
@@ -175,6 +175,11 @@ class _Output(NamedTuple):
     logits: Tensor # (B, classes)
 
 # %% ../nbs/41_finetune.ipynb #41a0000f
+_POOLED = dict(  # the head gets pooled tokens alone; a whitening fits the encoder before this training
+    whiten=False, embedding_pooling="training", embedding_layers=(), add_statistics=False,
+)
+
+
 class Classifier(nn.Module):
     "A pretrained encoder with a linear head: spectrograms or recordings → classes."
 
@@ -188,7 +193,7 @@ class Classifier(nn.Module):
         super().__init__()
         _check_settings(classes, layer_decay, mixup)
         self.model, self.classes, self.layer_decay, self.mixup = model, list(classes), layer_decay, mixup
-        model.whitening, model.cfg = None, model.cfg.replace(whiten=False)  # it fits the encoder before this training
+        model.whitening, model.cfg = None, model.cfg.replace(**_POOLED)
         self.model.decoder.requires_grad_(False)
         self.model.encoder.requires_grad_(layer_decay > 0)
         self.head = _head(model.cfg.pooled_dim, len(self.classes))
@@ -341,7 +346,7 @@ def finetune_run(
                 raise ValueError(f"{out} already holds a classifier that is complete; choose another out")
             return _scores(out)
         claim(out, "finetune", CLASSIFIER_FILES)
-        pretrained = _load_model(os.fspath(model), how.seed)
+        pretrained = _load_model(model, how.seed)
         train, test, protocol = open_again(out, pretrained.cfg, quiet) if begun else \
             _open_parts(pretrained, Path(model), source, out, quiet)
         write_atomic(out / "finetune.json", json.dumps(facts, indent=2).encode() + b"\n")
@@ -359,9 +364,8 @@ def finetune_run(
 # %% ../nbs/41_finetune.ipynb #f17e0004
 def _facts(model: str | os.PathLike, source: Source | None, how: FinetuneSettings) -> dict:
     "Return everything that affects the result, as plain JSON types."
-    where = os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
     data = dataclasses.asdict(source or Source(data="")) | {"data": source.place if source else ""}
-    return dict(model=where, data=data, **dataclasses.asdict(how))
+    return dict(model=place_of(model), data=data, **dataclasses.asdict(how))
 
 
 def _is_begun(out: Path, facts: dict) -> bool:
@@ -386,7 +390,7 @@ def _scores(out: Path) -> dict:
     return check_fields(read_json(out / "results.json"), kinds, out / "results.json")
 
 
-def _load_model(model: str, seed: int) -> AudioMAEPlusPlus:
+def _load_model(model: str | os.PathLike, seed: int) -> AudioMAEPlusPlus:
     "Return the model of a file, folder or Hub repository; for a preset, a model with random weights."
     if model in PRESETS:
         torch.manual_seed(seed)

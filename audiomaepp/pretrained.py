@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor
 
-from .config import PRESETS, Config, _FrontEnd, _Image, _Model
+from .config import PRESETS, STARTERS, Config, _FrontEnd, _Image, _Model
 from .files import check_archive, damaged, make_folder, naming, read_header
 from .model import AudioMAEPlusPlus
 from .pooling import Whitening
@@ -30,7 +30,11 @@ from .tables import render
 from .weights import check_finite, check_shapes, read_tensors, sizes, weight_shapes
 
 # %% ../nbs/50_pretrained.ipynb #5b0c0012
-STARTERS = ("starter", "starter_words") # models that the package brings
+def place_of(
+    source: str | os.PathLike, # folder, file, name of a Hub repository, or one of `STARTERS`
+) -> str:
+    "Return the name of a model, independent of the working folder."
+    return os.fspath(source) if source in STARTERS or not os.path.exists(source) else os.path.abspath(source)
 
 
 def _find(
@@ -39,9 +43,10 @@ def _find(
     options: dict, # arguments of `hf_hub_download`
 ) -> Path:
     "Return the path of a model's file, downloaded if `source` is a repository; a starter goes before a folder."
-    if str(source) in STARTERS:
-        return Path(str(importlib.resources.files("audiomaepp") / "starters" / str(source) / name))
-    path, use = Path(source) / name, "use a folder that save_pretrained or a run wrote"
+    if source in STARTERS:  # a `Path` is a folder, also one of that name
+        return Path(str(importlib.resources.files("audiomaepp") / "starters" / source / name))
+    ours = "" if Path(source).is_dir() else f"{' or '.join(STARTERS)}, which the package brings, or "
+    path, use = Path(source) / name, f"use {ours}a folder that save_pretrained or a run wrote"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).parent.is_dir():
         try:
             return Path(hf_hub_download(str(source), name, **options))
@@ -102,7 +107,12 @@ def inherit(
     if wrong:
         raise ValueError(f"{wrong[0]} must be {fixed[wrong[0]]!r}, as in the model init={cfg.init!r}, got "
                          f"{getattr(cfg, wrong[0])!r}; leave it out, or train from random weights")
-    return cfg.replace(**fixed)
+    try:
+        return cfg.replace(**fixed)
+    except ValueError as error:
+        raise ValueError(f"preset and model must fit together, got init={cfg.init!r} and settings that its weights do "
+                         f"not allow ({str(error).partition(';')[0]}); use init='starter_words' with a preset of words "
+                         "and init='starter' with a preset for sounds of seconds") from error
 
 
 def first_model(cfg: Config) -> AudioMAEPlusPlus:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .config import Config
+from .config import STARTERS, Config
 from audiomaepp.files import (
     check_fields,
     claim,
@@ -785,15 +785,20 @@ def embed_with_starter(
     data: str | os.PathLike, # folder or table of sounds
     quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the model; a GPU if there is one
-) -> Path: # Parquet file in runs/starter
-    "Embed recordings with the model that the package brings, or continue their file."
+    model: str = "starter", # one of `STARTERS`
+) -> "pd.DataFrame": # the recordings without their embeddings; `.attrs`: path of the file, skipped, new, …
+    "Embed recordings with a model that the package brings into a file in runs/starter, or continue that file."
     from audiomaepp.embed import EmbeddingGenerator, fingerprint
 
-    generator = EmbeddingGenerator(device=device)
-    out = embeddings_path(Path("runs/starter"), os.path.abspath(data), fingerprint(generator.model))
-    generator.embed_folder(data, out, quiet=quiet, vectors=False)
-    remove_outdated(Path("runs/starter"), fingerprint(generator.model))
-    return out
+    if model not in STARTERS:
+        raise ValueError(f"model must be {' or '.join(STARTERS)} for a folder of sounds, got {model!r}; first run "
+                         f"audiomaepp embed {model} {os.fspath(data)}, which writes a table")
+    generator, home = EmbeddingGenerator(model, device), Path("runs") / model
+    out = embeddings_path(home, os.path.abspath(data), fingerprint(generator.model))
+    table = generator.embed_folder(data, out, quiet=quiet, vectors=False)
+    remove_outdated(home, fingerprint(generator.model))
+    table.attrs["path"] = os.fspath(out)
+    return table
 
 # %% ../nbs/40_run.ipynb #9a41c7e0
 def search_with_run(
@@ -919,7 +924,6 @@ def open_table(
 ) -> TableMap:
     "Return what the map of a table needs; raise `ValueError` if it holds no embeddings."
     from audiomaepp.plots import UNKNOWN
-    from audiomaepp.pretrained import STARTERS
     from audiomaepp.search import _opened
     from audiomaepp.store import stacked
     from audiomaepp.tables import paths_of
@@ -954,7 +958,7 @@ def map_table(
     from audiomaepp.explorer import MOST_POINTS, explore, save_atlas
 
     page = Path(out or Path(path).with_name(f"{Path(path).stem}_map.html"))
-    paths, explorer = _outputs(page, atlas), None
+    paths, explorer = map_files(page, atlas), None
     if color != "label":
         need_color(color, [name for name in parquet_schema(path).names if name == "start" or name not in _UNSEEN])
     if not atlas:
@@ -976,7 +980,7 @@ def map_table(
     return paths, explorer
 
 
-def _outputs(
+def map_files(
     page: Path, # HTML file
     atlas: bool, # whether there will be a table for embedding-atlas
 ) -> list[Path]:

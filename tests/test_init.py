@@ -54,6 +54,16 @@ def test_what_does_not_fit_is_named(model, tmp_path):
         Run.train(out=tmp_path / "run", init="nowhere")
 
 
+@pytest.mark.parametrize("preset", ["words", "words_unlabelled"])
+def test_a_preset_and_a_model_of_the_package_that_do_not_fit_are_both_named(tmp_path, preset):
+    """The message was about top_db_jitter, which nobody had given, and not about the two words on the command line."""
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--preset", preset, "--init", "starter", "--out", str(tmp_path / "run")])
+    assert "preset and model must fit together, got init='starter'" in end.value.code
+    assert "init='starter_words' with a preset of words" in end.value.code
+    assert with_weights(Config.preset(preset, init="starter_words")).clip_seconds == 0.64
+
+
 def test_windows_of_another_length_start_from_the_same_weights(model, tmp_path):
     run = Run.train(out=tmp_path / "run", init=str(model), img_size=(64, 80), synthetic_clips=3, epochs=1,
                     warmup_epochs=0.5, quiet=True)  # fmt: skip

@@ -1,6 +1,7 @@
 """The model in the box: it is there, it is small, it has heard no recording, and everything starts from it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -17,10 +18,12 @@ from audiomaepp import hear
 from audiomaepp.cli import main
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.estimator import AudioMAEEmbedder
+from audiomaepp.finetune import finetune_run
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import STARTERS
-from audiomaepp.run import Run
+from audiomaepp.run import Run, open_table
 from audiomaepp.search import SoundIndex
+from audiomaepp.source import Source
 from audiomaepp.synthetic import generated, synthesize
 
 FOLDER = files("audiomaepp") / "starters"
@@ -73,6 +76,25 @@ def test_a_folder_of_the_same_name_is_not_it(tmp_path, monkeypatch):
         EmbeddingGenerator("./starter")
 
 
+def test_a_table_beside_a_folder_of_that_name_can_be_searched_and_mapped(sounds, tmp_path, monkeypatch):
+    """`map` itself makes runs/starter: inside runs/, a table that names this folder as its model was of no more use."""
+    (tmp_path / "runs" / "starter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    EmbeddingGenerator().embed_folder(sounds, "x.parquet", quiet=True)
+    new = synthesize(n=1, seed=99)
+    soundfile.write("new.wav", np.asarray(new.waves[0]), new.sample_rate)
+    assert len(SoundIndex("x.parquet").search("new.wav", k=3)) == 3
+    assert "trained on generated sounds alone" in open_table("x.parquet").held_out
+
+
+def test_a_run_of_that_name_is_its_own_model(sounds, tmp_path, monkeypatch):
+    """Run.train(out="starter") and all that follows from it used the weights of the package in place of its own."""
+    monkeypatch.chdir(tmp_path)
+    run = Run.train(sounds, out="starter", epochs=1, warmup_epochs=0.5, quiet=True)
+    assert run.model.cfg.depth == run.config.depth != EmbeddingGenerator().cfg.depth
+    assert EmbeddingGenerator(run.path).place == str(tmp_path / "starter")
+
+
 def test_it_needs_no_network_and_no_folder(tmp_path):
     code = """
 import socket
@@ -86,6 +108,50 @@ print(len(EmbeddingGenerator().extract_embedding(torch.randn(16000))))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == EmbeddingGenerator().model.embedding_dim
+
+
+@pytest.mark.parametrize("line", [
+    "embed startr sounds", "train sounds --init Starter --out run", "finetune starter-words sounds --out run",
+    "distil startr sounds --out run", "distil gone.parquet sounds --out run",
+])  # fmt: skip
+def test_a_wrong_name_of_a_model_fails_at_once_and_says_what_there_is(tmp_path, monkeypatch, line):
+    """The message knew only of folders, and distil decoded all sounds before it came to its teacher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sounds").mkdir()
+    for i in range(3):
+        (tmp_path / "sounds" / f"{i}.wav").write_bytes(b"RIFFxxxx")  # an attempt to decode them is another error
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    name = next(word for word in line.split() if word.lower().startswith("start") or word == "gone.parquet")
+    assert name in end.value.code and "readable" not in end.value.code
+    assert name == "gone.parquet" or "use starter or starter_words, which the package brings" in end.value.code
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ("map sounds --out m1", "use m1.html"), ("map sounds --out note.html", "use another --out"),
+    ("map sounds --all", "all must come with a run"),
+    ("embed sounds --pooling-mode maxi", "pooling_mode must be one of"),
+    ("map sounds/a.wav", "place must be a run, a folder or table of sounds, or a Parquet file"),
+    ("embed empty", "contains no audio"),
+])  # fmt: skip
+def test_what_cannot_work_fails_before_the_sounds_are_embedded(sounds, tmp_path, monkeypatch, line, reason):
+    """An hour of embedding ended in an error about a flag; `embed` of nothing left an empty table of skipped files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(sounds / "struck", tmp_path / "sounds")
+    shutil.copy(next(sounds.rglob("*.wav")), tmp_path / "sounds" / "a.wav")
+    (tmp_path / "note.html").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    assert reason in end.value.code
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_wrong_pooling_mode_fails_before_a_sound_is_decoded(tmp_path):
+    with pytest.raises(ValueError, match="got 'maxi'; leave it out"):
+        EmbeddingGenerator().extract_embedding(tmp_path / "gone.wav", pooling_mode="maxi")
 
 
 # ---- what starts from it
@@ -104,6 +170,52 @@ def test_commands_without_a_model(sounds, tmp_path, monkeypatch, capsys):
     main(["map", str(sounds), "--json"])
     (page,) = (p for p in json.loads(capsys.readouterr().out)["pictures"] if p.endswith(".html"))
     assert "trained on generated sounds alone" in open(page, encoding="utf-8").read()
+
+
+@pytest.mark.parametrize("command", ["map", "search"])
+def test_damaged_sounds_are_not_left_out_in_silence(sounds, tmp_path, monkeypatch, capsys, command):
+    """A map or a search of 9,000 of 10,000 sounds looked complete."""
+    monkeypatch.chdir(tmp_path)
+    folder, query = shutil.copytree(sounds / "struck", tmp_path / "sounds"), str(next(sounds.rglob("*.wav")))
+    for i in range(7):
+        (folder / f"bad{i}.wav").write_bytes(b"RIFFxxxx")
+    main([command, "sounds", *[query] * (command == "search"), "--json"])
+    told = capsys.readouterr().err
+    assert "4 recordings embedded, 0 were there already, 7 skipped" in told
+    assert "bad0.wav: " in told and "… and 2 more, all in skipped.csv" in told
+    (listed,) = tmp_path.rglob("*.skipped.csv")
+    assert f"All in {listed.relative_to(tmp_path)}" in told and len(pd.read_csv(listed)) == 7
+    main([command, "sounds", *[query] * (command == "search"), "--json", "--quiet"])
+    facts = json.loads(capsys.readouterr().out)
+    assert [path.rsplit("/")[-1] for path, _ in facts["skipped"]] == [f"bad{i}.wav" for i in range(7)]
+
+
+@pytest.mark.parametrize("line", ["embed sounds", "map sounds", "search sounds sounds/0.wav"])
+def test_sounds_of_which_none_can_be_decoded_are_an_error(tmp_path, monkeypatch, capsys, line):
+    """`embed` ended with exit code 0, although its help says 1; the others found fault with a table of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sounds").mkdir()
+    for i in range(3):
+        (tmp_path / "sounds" / f"{i}.wav").write_bytes(b"RIFFxxxx")
+    with pytest.raises(SystemExit, match="sounds must hold sounds that can be decoded, got 3 that cannot"):
+        main(line.split())
+    assert "0.wav: " in capsys.readouterr().out and len(list(tmp_path.rglob("*.skipped.csv"))) == 1
+
+
+def test_map_and_search_take_the_model_of_words_too(sounds, tmp_path, monkeypatch, capsys):
+    """Only embed took its name, although words are what it is better at."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sounds / "struck", tmp_path / "sounds")
+    query = str(next(sounds.rglob("*.wav")))
+    main(["search", "starter_words", "sounds", query, "--json"])
+    assert len(json.loads(capsys.readouterr().out)["hits"]) == 4
+    main(["map", "starter_words", "sounds", "--json"])
+    (page, _) = json.loads(capsys.readouterr().out)["pictures"]
+    assert page.startswith("runs/starter_words/") and "generated sounds alone" in open(page, encoding="utf-8").read()
+    assert not (tmp_path / "runs" / "starter").exists()
+    for line in ("map sounds --model runs/a", "search sounds a.wav --model runs/a", f"map {page} --model starter"):
+        with pytest.raises(SystemExit, match="model must "):
+            main(line.split())
 
 
 def test_a_clip_that_is_not_in_the_table_is_searched_with_it(sounds, tmp_path):
@@ -129,6 +241,14 @@ def test_a_pipeline_and_hear_without_a_model(sounds):
     assert pipeline.score(paths, labels) == 1
     model = hear.load_model()
     assert hear.get_scene_embeddings(torch.randn(2, 16_000), model).shape == (2, model.scene_embedding_size)
+
+
+@both
+def test_a_classifier_is_fine_tuned_from_it(sounds, tmp_path, name):
+    """The head was trained on pooled tokens and then given the whole read-out: an error about the size of a tensor."""
+    found = finetune_run(name, tmp_path / "run", Source(str(sounds)), quiet=True, epochs=1)
+    assert 0 <= found["accuracy"] <= 1 and found["n_test"] > 0
+    assert len(Run(tmp_path / "run").predict(next(sounds.rglob("*.wav")))) == 1
 
 
 @both
