@@ -156,8 +156,11 @@ class _Clips(Dataset):
             if self.takes:
                 return self._two_takes(rng, epoch, row), label, row, None
             return self.cut(row, *self._place(rng)), label, row, None
-        except Exception as error:  # a library that reads from a network has errors of its own
-            if not last and is_address(self.recordings.paths[row]):
+        except Exception as error:
+            away = is_address(self.recordings.paths[row])  # a library that reads from a network has errors of its own
+            if isinstance(error, MemoryError) or not (away or isinstance(error, AudioError | OSError | RuntimeError)):
+                raise
+            if away and not last:
                 return self.__getitem__(key, last=True)
             reason = error.reason if isinstance(error, AudioError) else f"{type(error).__name__}: {error}"
             return None, label, row, reason
@@ -244,7 +247,7 @@ def _leave_signals_to_the_trainer(worker: int):
 def _data_loader(clips: _Clips, schedule: _Schedule, cfg: Config) -> DataLoader:
     "Return PyTorch's loader of the scheduled batches."
     alone = clips.recordings.in_memory or clips.cut.keeps and not clips.takes and not SHARED
-    workers = 0 if alone else max(0, cfg.num_workers)
+    workers = 0 if alone else cfg.num_workers
     return DataLoader(
         clips, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0,
         timeout=cfg.loader_timeout if workers else 0, worker_init_fn=_leave_signals_to_the_trainer,
@@ -258,7 +261,7 @@ def with_workers(
     recordings: Recordings, # recordings of a training
 ) -> Config: # with a number of loader workers
     "Choose the number of loader workers if the config does not: all cores but one, for recordings not in memory."
-    if cfg.num_workers >= 0 or recordings.in_memory or not SHARED:
+    if cfg.num_workers or recordings.in_memory or not SHARED:
         return cfg
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return cfg.replace(num_workers=min(16, max(1, cores - 1)))

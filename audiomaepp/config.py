@@ -381,7 +381,7 @@ class _Training(_Group):
     grad_clip: float = 1.0 # largest gradient norm; 0 switches clipping off
     max_bad_steps: int = 10 # number of consecutive non-finite steps (NaN or infinity) after which training stops
     precision: Literal["auto", "fp32", "bf16"] = "auto" # auto: bf16 where the hardware supports it, else fp32
-    num_workers: int = -1 # worker processes that load audio; -1: as many as a training needs if its set is large
+    num_workers: int = 0 # worker processes that load audio; 0: none for a set in memory, else all cores but one
     loader_timeout: int = 600 # seconds to wait for a batch from the workers before training stops; 0 for no limit
     max_unreadable: float = 0.05 # share of training clips that may become unreadable before training stops
     keep_checkpoints: int = 2 # number of checkpoints to keep, the newest ones
@@ -393,8 +393,7 @@ class _Training(_Group):
     def _check(self):
         for field in ("epochs", "batch_size", "accum_steps", "max_bad_steps", "keep_checkpoints"):
             _need_int(field, getattr(self, field))
-        _need_int("num_workers", self.num_workers, least=-1)
-        for field in ("loader_timeout", "eval_every", "eval_steps", "seed"):
+        for field in ("num_workers", "loader_timeout", "eval_every", "eval_steps", "seed"):
             _need_int(field, getattr(self, field), least=0, most=2**32 - 1 if field == "seed" else 2**31 - 1)
         for field in ("base_lr", "min_lr", "weight_decay", "warmup_epochs", "grad_clip"):
             usual = f"{getattr(_Training, field):g}, the default"

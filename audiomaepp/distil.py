@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .audio import AudioError
-from .batches import Augment, ClipLoader
+from .batches import Augment, ClipLoader, with_workers
 from .config import Config
 from .data import Recordings, Skipped
 from .embed import EmbeddingGenerator
@@ -238,7 +238,8 @@ def distil(
                        transform=Augment(cfg, build_frontend(cfg)))
         goes_on = any(out.glob("checkpoint*.safetensors"))
         trainer = Trainer.resume(out, **options) if goes_on else Trainer(cfg, out_dir=out, **options)
-        trainer.fit(ClipLoader(_numbered(parts.train), cfg, pairs=False), best_by=None)
+        train = _numbered(parts.train)
+        trainer.fit(ClipLoader(train, with_workers(cfg, train), pairs=False), best_by=None)
         whitened(out, cfg, lambda: parts, trainer.device, quiet)
     run = Run(out)
     if (told := _side_by_side(run, parts, vectors, quiet)) and not quiet:

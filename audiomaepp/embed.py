@@ -703,9 +703,10 @@ def whiten_model(
 ) -> AudioMAEPlusPlus: # the same model; `write` saves its whitening with the weights
     "Fit the whitening of a model's embeddings to training clips, at most 50,000 of them, of generated ones 5,000."
     model.whitening = None
-    n, most = len(recordings), 5000 if recordings.has_takes else 50_000
-    if n > most:
-        recordings = recordings.select(np.arange(most) * n // most)
+    if recordings.has_takes:
+        recordings = recordings.select(np.arange(min(len(recordings), 5000)))
+    elif len(recordings) > 50_000:
+        recordings = recordings.select(np.sort(np.random.default_rng(0).permutation(len(recordings))[:50_000]))
     x, _, _ = EmbeddingGenerator(model, device).embed_recordings(recordings, quiet=quiet)
     model.whitening = fit_whitening(x).to(next(model.parameters()).device)
     return model

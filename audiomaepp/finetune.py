@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import Augment, ClipLoader
+from .batches import Augment, ClipLoader, with_workers
 from .config import PRESETS, Config
 from .data import Recordings, Skipped, open_recordings
 from .embed import EmbeddingGenerator
@@ -302,7 +302,7 @@ def finetune(
         if out is not None:
             claim(out, "finetune", CLASSIFIER_FILES)
         trainer = Trainer.resume(out, **options) if resume else Trainer(cfg, out_dir=out, **options)
-        history = trainer.fit(ClipLoader(known, cfg, pairs=False), **scored)
+        history = trainer.fit(ClipLoader(known, with_workers(cfg, known), pairs=False), **scored)
         if out is not None and validation is not None:
             return Classifier.from_pretrained(out, trainer.device), history
     return trainer.state.model.eval(), history

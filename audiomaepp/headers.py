@@ -31,11 +31,13 @@ def in_threads(
     "Call a function for each item, in threads."
     from tqdm.auto import tqdm
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(
+    workers = workers or os.cpu_count()
+    size = max(1, min(16, len(items) // (8 * workers)))  # of a call: one for each of a million items takes minutes
+    with ThreadPoolExecutor(workers) as pool, tqdm(
         total=len(items), desc=words, disable=not words
     ) as bar:
-        for first in range(0, len(items), 4096):  # a call of its own for each of a million items takes minutes
-            some = [items[i : i + 16] for i in range(first, min(first + 4096, len(items)), 16)]
+        for first in range(0, len(items), 4096):
+            some = [items[i : i + size] for i in range(first, min(first + 4096, len(items)), size)]
             for results in pool.map(lambda few: [work(item) for item in few], some):
                 yield from results
                 bar.update(len(results))

@@ -100,7 +100,11 @@ class _Fetched(io.BytesIO):
         import fsspec
 
         there, tar = fsspec.core.url_to_fs(piece.tar)
-        super().__init__(there.cat_file(tar, piece.first, piece.first + piece.size))
+        data = there.cat_file(tar, piece.first, piece.first + piece.size)
+        if len(data) != piece.size:
+            raise OSError(f"a part of {piece.size} bytes of {piece.tar} must be sent, got {len(data)}; the file is cut "
+                          "off, or its server sends no parts of files")
+        super().__init__(data)
         self.name = str(piece)
 
 
@@ -141,15 +145,21 @@ def digest_of(
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def digest_of_ends(
+_SAMPLES = {"samples": (8, 2048), "ends": (2, 2**16)}  # number and bytes of the pieces; ends: of an earlier version
+
+
+def digest_of_samples(
     file, # binary file object
-    most: int = 4096, # bytes that are read at each end
-) -> str: # begins with "ends4096:"
-    "Return a digest of the size, the first and the last bytes of an open file, which costs little for a long one."
-    head = file.read(most)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(len(head), size - most))
-    return f"ends{most}:" + hashlib.blake2b(b"%d " % size + head + file.read(), digest_size=16).hexdigest()
+    kind: str = "samples", # a key of `_SAMPLES`
+) -> str: # begins with the kind
+    "Return a digest of the size and of some pieces of an open file, which costs little for a long one."
+    (count, most), size = _SAMPLES[kind], file.seek(0, os.SEEK_END)
+    digest, end = hashlib.blake2b(b"%d " % size, digest_size=16), 0
+    for i in range(count):
+        file.seek(max(end, i * max(0, size - most) // (count - 1)))
+        digest.update(file.read(most))
+        end = file.tell()
+    return f"{kind}:{digest.hexdigest()}"
 
 
 def too_short(

@@ -78,7 +78,7 @@ def on_main(
     if is_main():
         try:
             found[0] = work()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others wait for this process
             found[1] = error
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import torch
@@ -97,12 +97,14 @@ def open_alike(
     work: Callable[[], Parts], # opens its recordings
 ) -> Parts:
     "Open the recordings in every process; raise an error in all of them if one fails, or finds other recordings."
+    if processes.count == 1:
+        return work()
     parts = error = None
     try:
         parts = work()
-    except (OSError, ValueError) as found:  # the others wait for this process
+    except Exception as found:  # whatever it is, the others wait for this process
         error = found
-    mine = (str(error), None, 0) if parts is None else ("", _contents(parts), sum(map(len, parts[:2])))
+    mine = (str(error) or repr(error), "", 0) if error else ("", _contents(parts), sum(map(len, parts[:2])))
     for rank, (reason, contents, n) in enumerate(said := processes.gather(mine)):
         if reason and error is None:
             raise ValueError(f"process {rank} cannot open the recordings: {reason}")
@@ -115,8 +117,11 @@ def open_alike(
 
 
 def _contents(parts: Parts) -> str:
-    "Return a digest of the names and the labels of recordings, in order."
-    rows = [f"{path}\t{label}" for part in parts[:2] for path, label in zip(part.paths, part.labels, strict=True)]
+    "Return a digest of the names and the labels of recordings, in order, wherever a machine has them."
+    files = [path for part in parts[:2] for path in part.paths if os.path.isabs(path)]
+    base = len(os.path.commonpath(files)) if files else 0
+    rows = [f"{path[base if os.path.isabs(path) else 0 :]}\t{label}" for part in parts[:2]
+            for path, label in zip(part.paths, part.labels, strict=True)]
     return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -237,6 +242,9 @@ class Evaluation:
     protocol: str # sentence that says what was held out
 
 
+GENERATED = 2000  # training clips of generated sounds that an evaluation compares with: there is no end of them
+
+
 def score_parts(
     model: "AudioMAEPlusPlus | str | os.PathLike", # a model, or the folder of one
     parts: Parts, # training part, held-out part, description of the split
@@ -249,8 +257,8 @@ def score_parts(
     from audiomaepp.validation import make_baselines, statistics_of
 
     generator, (train, test, protocol) = EmbeddingGenerator(model, device), parts
-    if train.has_takes and len(train) > 2000:  # of generated sounds there is no end
-        train, protocol = train.select(range(2000)), f"{protocol}, of which 2000 are compared"
+    if train.has_takes and len(train) > GENERATED:
+        train, protocol = train.select(range(GENERATED)), f"{protocol}, of which {GENERATED} are compared"
     if generator.cfg.whiten and generator.model.whitening is None:  # its training has not finished yet
         whiten_model(generator.model, train, device, quiet)
     train_x, train_rows, _ = generator.embed_recordings(train, quiet=quiet)
@@ -1031,8 +1039,9 @@ def _clips_in(
     everything: bool, # whether the training clips count
 ) -> int: # 0 for a run of an earlier version that does not say it
     "Return how many clips the map of a run has."
-    kinds = dict.fromkeys(("n_test", "n_train")[: 1 + everything], int)
-    return sum(check_fields(read_json(path), kinds, path, kinds).values())
+    facts = check_fields(read_json(path), dict(data=str, n_test=int, n_train=int), path, ["data", "n_test", "n_train"])
+    train = facts.get("n_train", 0) * everything
+    return facts.get("n_test", 0) + min(train, GENERATED if facts.get("data") == "generated" else train)
 
 
 def space_of(

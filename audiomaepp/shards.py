@@ -251,6 +251,8 @@ def _matching(pattern: str) -> list[str]:
         return sorted(str(path) for path in Path(home or ".").glob(last))
     import fsspec
 
+    if "*" in home:
+        raise ValueError(f"data must have * only in the last part of an address, got {pattern!r}; use braces")
     there, name = fsspec.core.url_to_fs(pattern)
     return [f"{home}/{os.path.basename(path)}" for path in sorted(there.glob(name))]
 

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 from .config import Config
 from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
-from .pieces import digest_of, digest_of_ends, file_state, is_address, is_file, open_file, piece_of
+from .pieces import digest_of, digest_of_samples, file_state, is_address, is_file, open_file, piece_of
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
@@ -135,6 +134,8 @@ def open_source(
     out: Path | None = None, # folder for skipped.csv if there are too few usable recordings
 ) -> Parts:
     "Return the usable recordings, split into a training part and a held-out part."
+    import numpy as np
+
     from audiomaepp.data import NoRecordings, split, usable
 
     try:
@@ -144,7 +145,7 @@ def open_source(
         source.check_held_out(recordings)
         rows, numbers = source.held_out_rows, isinstance(source.held_out_rows, tuple)
         if numbers:
-            recordings.table["_held_out"] = recordings.table.reset_index().index.isin(rows)
+            recordings.table["_held_out"] = np.isin(np.arange(len(recordings)), rows)
         if source.data != "synthetic":
             recordings = usable(recordings, source.place, quiet=quiet)
         if numbers:
@@ -213,8 +214,8 @@ class _Row(NamedTuple):
         size, modified = file_state(path)
         return str(size), str(modified)
 
-    def digest(self, ends: int = 0, listed: bool = True) -> str: # bytes at each end; whether that in a manifest will do
-        "Return a digest of the file, or of its ends; for samples in memory, the RMS levels of eight parts."
+    def digest(self, kind: str = "", listed: bool = True) -> str: # of all bytes if empty; whether a manifest's will do
+        "Return a digest of the file, or of pieces of it; for samples in memory, the RMS levels of eight parts."
         import numpy as np
 
         path, table = self.recordings.paths[self.i], self.recordings.table
@@ -222,15 +223,14 @@ class _Row(NamedTuple):
             return table["digest"].iat[self.i]  # of a manifest of shards: the same digest, made when they were written
         if is_file(path):
             with open_file(path) as file:
-                return digest_of_ends(file, ends) if ends else digest_of(file)
+                return digest_of_samples(file, kind) if kind else digest_of(file)
         eighths = np.array_split(np.asarray(self.recordings.waves[self.i], np.float64), 8)
         return " ".join(f"{np.sqrt(np.mean(part**2)) if len(part) else 0:.4g}" for part in eighths)
 
 
-def _kind(digest: str) -> int: # bytes at each end; 0: all bytes
-    "Return how much of a file a digest is made of."
-    found = re.match(r"ends(\d+):", digest)
-    return int(found[1]) if found else 0
+def _kind(digest: str) -> str: # of `digest_of_samples`; empty: of all bytes
+    "Return what a digest is made of."
+    return digest.partition(":")[0] if ":" in digest else ""
 
 
 def _same(a: str, b: str) -> bool:
@@ -265,8 +265,8 @@ def write_recordings(
 
     rows, text = _rows_of(train, test, base), io.StringIO()
     states = list(in_threads(_Row.state, every := list(rows.values())))
-    ends = 0 if sum(int(size) for size, _ in states) <= _WHOLE else 4096
-    digests = list(in_threads(partial(_Row.digest, ends=ends), every))
+    kind = "" if sum(int(size) for size, _ in states) <= _WHOLE else "samples"
+    digests = list(in_threads(partial(_Row.digest, kind=kind), every))
     table = csv.writer(text)
     table.writerow(_COLUMNS)
     for ((name, _), row), state, digest in zip(rows.items(), states, digests, strict=True):
@@ -385,6 +385,6 @@ def trained_on(
     if not path.is_file():
         return [False] * len(recordings)
     known = {row.digest for row in _read_rows(path).values() if row.part == "train"}
-    kinds = set(map(_kind, known)) # of whole files, or of their ends
+    kinds = set(map(_kind, known)) # of whole files, or of pieces of them
     rows = [_Row("test", "", recordings, i) for i in range(len(recordings))]
     return list(in_threads(lambda row: any(row.digest(kind, not kind) in known for kind in kinds), rows))

@@ -936,7 +936,7 @@ def loader_error(
         return error
     if "DataLoader timed out" in text:
         return LoaderError(f"no batch came from the loader processes ({text.strip('. ')}): the disk or network that "
-                           "holds the recordings may hang; raise loader_timeout or use num_workers=0")
+                           "holds the recordings may hang; raise loader_timeout, or use num_workers=1")
     if "is killed by signal" in text or "exited unexpectedly" in text:
         reason = text.split(". It is possible")[0].strip(". ")
         return LoaderError(f"a loader process ended ({reason}): often the memory ran out; "

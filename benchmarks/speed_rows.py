@@ -217,7 +217,7 @@ def generated_part(preset, n=8):
     """Two takes of n sound programs as spectra, on one core: what a step needs for as many clips."""
     cfg = Config.preset(preset)
     sounds, frontend = generated(10_000, 0, cfg.clip_seconds, cfg.sample_rate), build_frontend(cfg)
-    rows = iter(range(10_000))
+    rows = itertools.cycle(range(10_000))
 
     def compute():
         return [log_recording(frontend, sounds.wav(i, take)) for i in itertools.islice(rows, n) for take in range(2)]

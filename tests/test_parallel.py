@@ -477,27 +477,38 @@ decode = data._Check.decode
 
 
 def failing(check, i):  # a network disk that is away for a moment, in one process
-    if os.environ["RANK"] == "1" and i % 3 == int(sys.argv[1]):
+    if os.environ["RANK"] == "1" and i % 3 == 0:
         raise OSError(5, "Input/output error")
     return decode(check, i)
 
 
+def refusing(*args, **how):  # a library that one machine lacks
+    raise ImportError("no codec")
+
+
 if __name__ == "__main__":
-    data._Check.decode = failing
+    if sys.argv[1] == "files":
+        data._Check.decode = failing
+    elif os.environ["RANK"] == "1":
+        data.usable = refusing
     main(sys.argv[2:])
 """
 
 
-def test_processes_that_open_other_recordings_do_not_train(tmp_path):
-    """One process would train on what another has held out, and the scores would be of clips that were seen."""
+@pytest.mark.parametrize(("what", "reason"), [
+    ("files", "all processes must open the same recordings, got 24 in process 0"),
+    ("library", "process 1 cannot open the recordings: no codec"),
+])
+def test_processes_that_open_other_recordings_do_not_train(what, reason, tmp_path):
+    """One process would train on what another has held out, or wait for one that is gone."""
     entry, sounds = tmp_path / "command.py", tmp_path / "sounds"
     entry.write_text(ELSEWHERE)
     sounds.mkdir()
     for i in range(24):
         wave = torch.randn(8000, generator=torch.Generator().manual_seed(i))
         soundfile.write(sounds / f"{i:02d}.wav", wave.numpy() / 9, 16000)
-    done = run_several(entry, 0, "train", sounds, "--out", tmp_path / "run", "--epochs", "1")
-    assert done.returncode == 1 and "all processes must open the same recordings, got 24 in process 0" in done.stderr
+    done = run_several(entry, what, "train", sounds, "--out", tmp_path / "run", "--epochs", "1")
+    assert done.returncode == 1 and reason in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "run" / "history.csv").exists()
 
 

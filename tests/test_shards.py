@@ -308,6 +308,9 @@ def test_a_clip_at_an_address_costs_its_own_bytes(made, monkeypatch):
     for i in range(5):
         recordings.wav(i)
     assert fetched == sizes
+    monkeypatch.setattr(there, "cat_file", lambda path, start, end: type(there).cat_file(there, path))  # all of it
+    with pytest.raises(data.AudioError, match="its server sends no parts of files"):
+        recordings.wav(5)
 
 
 def test_commands_take_an_address_alone(made, tmp_path, capsys, monkeypatch):
