@@ -179,7 +179,11 @@ def test_nothing_but_bad_files_is_said(folder, run, tmp_path):
     assert message.startswith("audiomaepp: ") and "0 readable" in message
     assert "empty.wav" in message and "text.wav" in message and "not audio" in message
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    cli.main(["embed", str(run), "--data", str(tmp_path / "bad"), "--out", str(tmp_path / "none.parquet")])
+    with pytest.raises(SystemExit, match="got 2 that cannot") as caught:
+        cli.main(["embed", str(run), "--data", str(tmp_path / "bad"), "--out", str(tmp_path / "none.parquet")])
+    assert str(caught.value).startswith("audiomaepp: ")
+    listed = (tmp_path / "none.skipped.csv").read_text()
+    assert "empty.wav" in listed and "text.wav" in listed
 
 
 def test_the_list_survives_in_the_recordings(folder):

@@ -353,4 +353,5 @@ def test_only_maps_are_replaced(run, table, tmp_path):
 
 def test_another_file_is_no_table(sounds):
     (sounds.parent / "notes.txt").write_text("no table")
-    assert "must be a Parquet table" in refused("map", sounds.parent / "notes.txt")
+    said = refused("map", sounds.parent / "notes.txt")
+    assert "a Parquet file that embed wrote, got the file" in said and "notes.txt" in said
