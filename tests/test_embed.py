@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from audiomaepp.audio import AudioError
 from audiomaepp.config import Config
-from audiomaepp.embed import EmbeddingGenerator
+from audiomaepp.data import Recordings
+from audiomaepp.embed import EmbeddingGenerator, whiten_model
 from audiomaepp.model import AudioMAEPlusPlus
-from audiomaepp.synthetic import synthesize
+from audiomaepp.synthetic import generated, synthesize
 
 SMALL = dict(embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4,
              img_size=(50, 16), patch_size=(10, 8))  # windows of half a second
@@ -317,3 +318,22 @@ def test_a_table_in_another_precision_is_not_continued(tmp_path):
             EmbeddingGenerator(model, precision=then).embed_folder(sounds, out, quiet=True)
     a, b = (np.stack(pd.read_parquet(tmp_path / f"{name}.parquet")["embedding"]) for name in ("fp32", "bf16"))
     assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_the_whitening_of_a_large_set_takes_a_sample_of_it(monkeypatch):
+    """All clips of a million would take an hour in one process, while the others wait; every class must take part."""
+    model, seen = AudioMAEPlusPlus(Config.preset("nano", whiten=True)).eval(), []
+
+    def embed(self, recordings, **how):
+        seen.append(recordings)
+        return np.random.default_rng(0).standard_normal((64, model.cfg.embedding_dim)), None, None
+
+    monkeypatch.setattr(EmbeddingGenerator, "embed_recordings", embed)
+    table = pd.DataFrame({"path": [f"{i}" for i in range(60_000)], "label": [f"{i % 12}" for i in range(60_000)]})
+    made = Recordings(table, 16000, sorted(set(table["label"])), [torch.zeros(16000)] * 60_000)
+    for whole in (made, generated(10_000, 0, 1.0, 16000)):
+        whiten_model(model, whole)
+        part = seen.pop()
+        assert len(part) == len(set(part.paths)) == (5000 if whole.has_takes else 50_000)
+        assert model.whitening is not None
+    assert part.paths[:24] == generated(24, 0, 1.0, 16000).paths, "one in two would leave out half the sources"
