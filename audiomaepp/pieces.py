@@ -145,15 +145,15 @@ def digest_of(
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-_SAMPLES = {"samples": (8, 2048), "ends": (2, 2**16)}  # number and bytes of the pieces; ends: of an earlier version
+SAMPLES = {"samples": (8, 2048), "ends": (2, 2**16)}  # number and bytes of the pieces; ends: of an earlier version
 
 
 def digest_of_samples(
     file, # binary file object
-    kind: str = "samples", # a key of `_SAMPLES`
+    kind: str = "samples", # a key of `SAMPLES`
 ) -> str: # begins with the kind
     "Return a digest of the size and of some pieces of an open file, which costs little for a long one."
-    (count, most), size = _SAMPLES[kind], file.seek(0, os.SEEK_END)
+    (count, most), size = SAMPLES[kind], file.seek(0, os.SEEK_END)
     digest, end = hashlib.blake2b(b"%d " % size, digest_size=16), 0
     for i in range(count):
         file.seek(max(end, i * max(0, size - most) // (count - 1)))

@@ -92,6 +92,14 @@ def on_main(
     return found[0]
 
 
+@contextmanager
+def _held(out: Path) -> Iterator[Path]:
+    "Lock the folder of a run on the main process."
+    with ExitStack() as stack:
+        on_main(lambda: bool(stack.enter_context(only_writer(out))))  # a lock cannot be sent to the others
+        yield out
+
+# %% ../nbs/40_run.ipynb #ebbdf69b
 def open_alike(
     processes: "_Processes", # those of a training
     work: Callable[[], Parts], # opens its recordings
@@ -123,14 +131,6 @@ def _contents(parts: Parts) -> str:
     rows = [f"{path[base if os.path.isabs(path) else 0 :]}\t{label}" for part in parts[:2]
             for path, label in zip(part.paths, part.labels, strict=True)]
     return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[Path]:
-    "Lock the folder of a run on the main process."
-    with ExitStack() as stack:
-        on_main(lambda: bool(stack.enter_context(only_writer(out))))  # a lock cannot be sent to the others
-        yield out
 
 # %% ../nbs/40_run.ipynb #035ec8a9
 RUN_FILES = (  # files that train, evaluate and map write, except the model card

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 from .config import Config
 from .datasets import DATASETS, data_home
 from .files import check_fields, damaged, naming, printable, read_json, shown, write_atomic
-from .pieces import digest_of, digest_of_samples, file_state, is_address, is_file, open_file, piece_of
+from audiomaepp.pieces import (
+    SAMPLES,
+    digest_of,
+    digest_of_samples,
+    file_state,
+    is_address,
+    is_file,
+    open_file,
+    piece_of,
+)
 
 if TYPE_CHECKING:
     from audiomaepp.data import Recordings
@@ -230,7 +239,7 @@ class _Row(NamedTuple):
 
 def _kind(digest: str) -> str: # of `digest_of_samples`; empty: of all bytes
     "Return what a digest is made of."
-    return digest.partition(":")[0] if ":" in digest else ""
+    return kind if (kind := digest.partition(":")[0]) in SAMPLES else ""
 
 
 def _same(a: str, b: str) -> bool:

@@ -143,6 +143,10 @@ def test_a_digest_of_an_earlier_version_is_still_understood(folder, large, tmp_p
     assert trained_on(run.path, open_recordings(tmp_path / "other")) == [True, False]
     os.utime(folder / "b/05.flac")
     run.resume(epochs=2, quiet=True)
+    damaged = (run.path / "recordings.csv").read_text().replace("ends:", "odds:")
+    (run.path / "recordings.csv").write_text(damaged)
+    with pytest.raises(ValueError, match=r"b/05\.flac has other contents"):
+        run.resume(epochs=3, quiet=True)
 
 
 def test_a_run_on_a_large_set_notices_other_contents(folder, large, tmp_path):
