@@ -63,12 +63,13 @@ class Command:
         self,
         place: str, # folder or table of sounds
         model: str = "starter", # model that the package brings
+        few: bool = False, # whether there may not be more than a map can show
     ) -> str: # Parquet file
         "Embed recordings with a model that the package brings, or continue their file."
         from audiomaepp.run import embed_with_starter
 
         self.say(f"Embedding the sounds with {model}, a model that the package brings …")
-        table = embed_with_starter(place, self.quiet, self.device, model)
+        table = embed_with_starter(place, self.quiet, self.device, model, few)
         self.say(counts(table))
         self.list_skipped(table, place, Path(table.attrs["path"]).with_suffix(".skipped.csv"))
         return table.attrs["path"]
@@ -275,8 +276,7 @@ class Map(Command):
 
     def draw_table(self) -> dict:
         "Draw the map of a table, or of sounds."
-        from audiomaepp.data import open_recordings
-        from audiomaepp.run import map_files, map_table, need_few
+        from audiomaepp.run import map_files, map_table
 
         if self.everything:
             raise ValueError("all must come with a run, got it with a table, whose map has every row; leave it out")
@@ -286,9 +286,7 @@ class Map(Command):
         if self.out:
             map_files(Path(self.out), self.atlas)
         if is_sounds(self.place):
-            if not self.atlas:
-                need_few(len(open_recordings(self.place)))
-            self.place = self.embed_sounds(self.place, self.model or "starter")
+            self.place = self.embed_sounds(self.place, self.model or "starter", few=not self.atlas)
         paths, explorer = map_table(self.place, self.out, self.color, self.atlas)
         silent = explorer is not None and not explorer.payload["previews"]
         self.say(explorer.payload["note"] if explorer else "", "Written:", *(f"  {path}" for path in paths),

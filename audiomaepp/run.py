@@ -794,8 +794,10 @@ def embed_with_starter(
     quiet: bool = False, # whether progress is hidden
     device: str | None = None, # device of the model; a GPU if there is one
     model: str = "starter", # one of `STARTERS`
+    few: bool = False, # whether there may not be more than a map can show
 ) -> "pd.DataFrame": # the recordings without their embeddings; `.attrs`: path of the file, skipped, new, …
     "Embed recordings with a model that the package brings into a file in runs/starter, or continue that file."
+    from audiomaepp.data import open_recordings
     from audiomaepp.embed import EmbeddingGenerator, fingerprint
 
     if model not in STARTERS:
@@ -803,7 +805,10 @@ def embed_with_starter(
                          f"audiomaepp embed {model} {os.fspath(data)}, which writes a table")
     generator, home = EmbeddingGenerator(model, device), Path("runs") / model
     out = embeddings_path(home, os.path.abspath(data), fingerprint(generator.model))
-    table = generator.embed_folder(data, out, quiet=quiet, vectors=False)
+    sounds = open_recordings(data, generator.cfg.sample_rate)
+    if few:
+        need_few(len(sounds))
+    table = generator.embed_folder(sounds, out, quiet=quiet, vectors=False)
     remove_outdated(home, fingerprint(generator.model))
     table.attrs["path"] = os.fspath(out)
     return table
