@@ -143,21 +143,16 @@ def _model_part(tensors: Mapping) -> dict:
     return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
 
 # %% ../nbs/weights.ipynb #3a5c0014
-def checked_tensors(
-    path: str | os.PathLike, # checkpoint
+def check_checkpoint(
+    found: Mapping[str, tuple[int, ...]], # shapes of its weights and averages, by name
     model: nn.Module, # model that will take the weights
-) -> dict[str, Tensor]: # tensors on the CPU, by name
-    "Return the tensors of a checkpoint. Raises `ValueError` that names the file if one does not fit the model."
-    found = read_header(path).shapes
+    path: str | os.PathLike, # the checkpoint, for the message
+):
+    "Raise `ValueError` that names a checkpoint unless its weights and averages fit a model."
     check_shapes(_model_part(found), {k: tuple(v.shape) for k, v in model.state_dict().items()}, path,
                  f"the {type(model).__name__} to resume")
     shapes = {f"{key}.{name}": () if key == "step" else tuple(p.shape) for name, p in model.named_parameters()
               for key in ("step", "exp_avg", "exp_avg_sq")}
     wrong = [name for name, shape in shapes.items() if found.get(name, shape) != shape]
-    if wrong or "rng.cpu" not in found:
-        problem = f"{wrong[0]} of shape {found[wrong[0]]}" if wrong else "no rng.cpu"
-        raise damaged(path, "a checkpoint of this model with the state of the random numbers", problem)
-    tensors = read_tensors(path)
-    with naming(path, "a checkpoint with a state of the random numbers"):
-        torch.Generator().set_state(tensors["rng.cpu"])
-    return tensors
+    if wrong:
+        raise damaged(path, "a checkpoint of this model", f"{wrong[0]} of shape {found[wrong[0]]}")

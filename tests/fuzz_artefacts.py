@@ -26,6 +26,7 @@ import safetensors.torch
 import soundfile
 import torch
 
+from audiomaepp.checkpoints import load_checkpoint, read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import Skipped, open_recordings
 from audiomaepp.embed import EmbeddingGenerator
@@ -35,7 +36,7 @@ from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official, read_weights
 from audiomaepp.search import SoundIndex
 from audiomaepp.source import Source, load_source, open_again, open_source, save_source
-from audiomaepp.train import History, Trainer, load_checkpoint, read_progress
+from audiomaepp.train import History, Trainer
 from audiomaepp.weights import cpu_state
 
 SMALL = dict(

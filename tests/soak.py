@@ -415,7 +415,7 @@ def other_worlds(base: Path, pairs: list[tuple[int, int]], tally: Tally):
         launch(first, "train", "--data", "synthetic", "--synthetic-clips", "4", "--out", str(out), *TINY,
                "--epochs", "2")
         again = launch(then, "train", "--resume", "--out", str(out), "--epochs", "4")
-        from audiomaepp.train import read_progress
+        from audiomaepp.checkpoints import read_progress
 
         progress = read_progress(out / "checkpoint.safetensors")
         steps = progress["rows"][1]["step"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import audiomaepp
 from audiomaepp.batches import Augment, ClipLoader
+from audiomaepp.checkpoints import read_progress
 from audiomaepp.config import Config
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.features import build_frontend
@@ -23,7 +24,7 @@ from audiomaepp.model import AudioMAEPlusPlus, MacaronBlock
 from audiomaepp.run import train_run
 from audiomaepp.source import Source
 from audiomaepp.synthetic import generated, synthesize
-from audiomaepp.train import Trainer, read_progress
+from audiomaepp.train import Trainer
 
 
 def config(**changes):

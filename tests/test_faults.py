@@ -23,12 +23,13 @@ from torch import Tensor
 
 import audiomaepp
 from audiomaepp.batches import ClipLoader, UnreadableError
+from audiomaepp.checkpoints import Checkpoints, read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.features import build_frontend
 from audiomaepp.files import OutputError
 from audiomaepp.model import AudioMAEPlusPlus
-from audiomaepp.train import Checkpoints, LoaderError, Trainer, loader_error, read_progress
+from audiomaepp.train import LoaderError, Trainer, loader_error
 
 SMALL = Config(
     img_size=(40, 16), patch_size=4, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1,
@@ -212,9 +213,9 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stands(tmp_path):
 
 
 def test_earlier_checkpoints_make_room_on_a_full_disk(tmp_path, monkeypatch):
-    from audiomaepp import train
+    from audiomaepp import checkpoints
 
-    kept, write, model = Checkpoints(tmp_path, keep=3), train.save_checkpoint, AudioMAEPlusPlus(SMALL)
+    kept, write, model = Checkpoints(tmp_path, keep=3), checkpoints.write_checkpoint, AudioMAEPlusPlus(SMALL)
     optimizer = torch.optim.AdamW(model.parameters())
     progress = dict(config=SMALL.to_dict(), epoch=1, batch=0, best=None, rows=[])
     for step in (1, 2, 3):
@@ -227,7 +228,7 @@ def test_earlier_checkpoints_make_room_on_a_full_disk(tmp_path, monkeypatch):
             raise error
         write(path, *args)
 
-    monkeypatch.setattr(train, "save_checkpoint", on_a_disk_for_two)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", on_a_disk_for_two)
     kept.save(model, optimizer, progress | {"step": 4})
     assert read_progress(kept.newest)["step"] == 4
 

@@ -20,6 +20,7 @@ import torch
 
 import audiomaepp
 from audiomaepp import lab, report
+from audiomaepp.checkpoints import read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings
 from audiomaepp.evaluate import wilson_interval
@@ -27,7 +28,7 @@ from audiomaepp.lab import BASELINE, CHANCE, LOSSES, STATISTICS, UNTRAINED, Comp
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.synthetic import synthesize
 from audiomaepp.tables import html_table
-from audiomaepp.train import Trainer, read_progress
+from audiomaepp.train import Trainer
 
 
 def config(**changes):

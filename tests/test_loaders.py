@@ -12,6 +12,7 @@ import torch
 from fuzz_artefacts import SMALL, Folder
 from safetensors.torch import load_file, save_file
 
+from audiomaepp.checkpoints import load_checkpoint, read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.embed import EmbeddingGenerator, WindowEncoder
@@ -20,7 +21,7 @@ from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.pretrained import load_official
 from audiomaepp.search import SoundIndex
 from audiomaepp.source import open_again
-from audiomaepp.train import Trainer, load_checkpoint, read_progress
+from audiomaepp.train import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import audiomaepp
 import audiomaepp.batches as loading
+from audiomaepp.checkpoints import read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.features import build_frontend
 from audiomaepp.files import MARKER
 from audiomaepp.model import AudioMAEPlusPlus, split_by_noise
-from audiomaepp.train import History, Trainer, _share, read_progress
+from audiomaepp.train import History, Trainer, _share
 from audiomaepp.weights import cpu_state
 
 STEPS, HALF = 6, 4  # optimizer steps; clips in a process's batch
@@ -192,6 +193,12 @@ def as_one_with_a_part(out):
     resumed = Trainer.resume(out / "stopped parts", model=MaskedByContent(cfg), quiet=True, save_minutes=1e9)
     resumed.fit(batches(HALF))
     save_weights(resumed, out / "resumed in parts")
+    whole = config(2 * HALF, shard_model=True)
+    resumed = Trainer.resume(out / "of one in parts", model=MaskedByContent(whole), quiet=True)
+    resumed.fit(batches(2 * HALF))
+    save_weights(resumed, out / "of one in parts")
+    del resumed
+    gc.collect()
     (out / f"spectra_{os.environ['RANK']}.json").write_text(json.dumps(spectra_of(out / "sounds")))
     dist.destroy_process_group()
 
@@ -244,7 +251,8 @@ def two(tmp_path_factory):
     (out / "sounds").mkdir()
     for i in range(4 * HALF):
         soundfile.write(out / "sounds" / f"{i:02d}.wav", torch.randn(8000 + i).numpy() / 9, 16000)
-    begin(out / "of one", config(2 * HALF), batches(2 * HALF))
+    for name, parts in (("of one", False), ("of one in parts", True)):
+        begin(out / name, config(2 * HALF, shard_model=parts), batches(2 * HALF))
     for work in ("as_one_of_two", "as_one_with_a_part"):
         torchrun(__file__, work, out)
     return [json.loads((out / f"found_{rank}.json").read_text()) for rank in (0, 1)], out
@@ -377,6 +385,23 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(two):
     assert all(torch.equal(other[name], resumed[name]) for name in other)
     written = AudioMAEPlusPlus.from_pretrained(two[1] / "in parts").state_dict()
     assert all(torch.equal(other[name], written[name]) for name in other)
+
+
+def test_each_process_writes_its_part_of_a_checkpoint(two):
+    """One of them had to gather the averages of all: 12 bytes for each weight of a model that no process can hold."""
+    newest = two[1] / "in parts" / "checkpoint.safetensors"
+    folder = newest.with_name(read_progress(newest)["parts"]["folder"])
+    sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
+    assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes) and newest.stat().st_size < 0.1 * sum(sizes)
+
+
+def test_a_run_of_one_file_goes_on_in_parts(two):
+    """It ends where a run of one process ends."""
+    trainer, *_ = train(config(2 * HALF), batches(2 * HALF), MaskedByContent)
+    whole = moved(trainer.model.state_dict())
+    first, second = (load_file(two[1] / f"of one in parts_{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (moved(first) - whole).norm() < 0.02 * whole.norm()
 
 
 def test_processes_of_a_machine_share_what_they_have_computed(two):
