@@ -422,13 +422,22 @@ class _State:
     best: float | None = None # score of the weights that are kept
     bad_steps: list[dict] = field(default_factory=list) # skipped steps: number and clips
     saved_step: int | None = None # step of the last save
-    parts: nn.Module | None = None # model of which each process holds a part, if `model` is a copy of it
-    collect: Callable[[], None] = lambda: None # brings such a copy up to date
+    engine: _Engine | None = None # engine with the parts of the model, if each process holds one and `model` is a copy
+
+    @property
+    def parts(self) -> nn.Module | None:
+        "The model of which each process holds a part."
+        return self.engine.model if self.engine and self.engine.shards else None
 
     @property
     def trained(self) -> nn.Module:
         "The model whose weights the optimizer changes."
         return self.model if self.parts is None else self.parts
+
+    def collect(self):
+        "Bring the copy of a model in parts up to date; all processes must call it."
+        if self.engine:
+            self.engine.collect()
 
     def header(self) -> dict:
         "Return the part that is saved as JSON."
@@ -702,11 +711,7 @@ class _Saver:
             self.checkpoints.job.check()
         return time.monotonic() - self.time > 60 * self.minutes
 
-    def write_best(self):
-        "Write the weights as the best ones."
-        self._write(self.state.model.write)
-
-    def _write(self, work: Callable, *args):
+    def write(self, work: Callable, *args):
         "Call a function that writes to the folder, once the checkpoint is written: both may have to make room."
         if self.writes:
             self.checkpoints.job.wait()
@@ -716,7 +721,7 @@ class _Saver:
         "Keep the weights of the encoder after epochs 1, 2, 4, 8, …, if the config asks for it."
         if self.state.cfg.snapshots and not self.state.batch and self.state.epoch.bit_count() == 1:
             self.state.collect()
-            self._write(write_snapshot, self.state.model, self.state.epoch)
+            self.write(write_snapshot, self.state.model, self.state.epoch)
 
     def save(self):
         "Begin to write the checkpoint; write the history and the list of skipped clips."
@@ -914,9 +919,7 @@ class Trainer:
         self.model, self.optimizer, self.processes = engine.model, engine.optimizer, engine.processes
         self.accelerator, self.device = engine.accelerator, engine.device
         self.transform = transform.to(self.device) if isinstance(transform, nn.Module) else transform
-        parts = engine.model if engine.shards else None
-        self.state = _State(cfg, engine.whole, engine.optimizer, world=self.processes.count, parts=parts,
-                            collect=engine.collect)
+        self.state = _State(cfg, engine.whole, engine.optimizer, world=self.processes.count, engine=engine)
         self.log = _Log(self.state, callback, quiet or not self.processes.is_main)
         self.saver = _Saver(self.state, out_dir, self.processes, save_minutes)
 
@@ -945,7 +948,7 @@ class Trainer:
         state, engine = self.state, self.engine
         batches = _Batches(train, self.cfg, self.processes, state.world)
         self.schedule = _Schedule(self.cfg, batches.per_epoch, state.world)
-        score = partial(_evaluate, state, self.saver.write_best, evaluate, best_by)
+        score = partial(_evaluate, state, partial(self.saver.write, state.model.write), evaluate, best_by)
         with self.saver.open(batches.skipped), stopping() as stop, self.log.open(self.schedule), _loader_errors():
             while state.epoch < self.cfg.epochs:
                 item = batches.next(state, stop.signum, self.saver.late())
