@@ -804,7 +804,7 @@ class _Saver:
         self.state, self.folder, self.minutes = state, Path(folder) if folder is not None else None, minutes
         self.writes = self.folder is not None and processes.is_main
         self.checkpoints = Checkpoints(folder, state.cfg.keep_checkpoints) if folder is not None else None
-        self.time, self.skipped = time.monotonic(), lambda: None
+        self.time, self.skipped, self.listed = time.monotonic(), lambda: None, ()
 
     @contextlib.contextmanager
     def open(self, skipped: Callable[[], Any] = lambda: None): # returns the list of clips that could not be read
@@ -855,9 +855,9 @@ class _Saver:
 
     def save_skipped(self):
         "Write the list of clips that could not be read, of all processes."
-        skipped = self.skipped()
-        if self.writes and skipped:
-            skipped.to_csv(self.folder / "skipped.csv")
+        self.listed = self.skipped() or ()
+        if self.writes and self.listed:
+            self.listed.to_csv(self.folder / "skipped.csv")
 
 # %% ../nbs/04_train.ipynb #a1000036
 def _stop(
