@@ -145,6 +145,7 @@ class _Watched(io.RawIOBase):
 
 def damage(
     path: str, # of a recording
+    end: float = math.inf, # time, of `time.monotonic`, at which to give up
 ) -> str: # reason; empty if it can be decoded, or if its bytes or its header cannot be read
     "Return why the contents of a recording cannot be decoded."
     reason = ""
@@ -154,7 +155,8 @@ def damage(
         rate = probe(watched := _Watched(file, path)).sample_rate
         try:
             for _ in stream_audio(watched, rate):
-                pass
+                if time.monotonic() > end:
+                    break
         except AudioError as error:
             reason = "" if watched.failed else error.reason
     return printable(reason)
@@ -177,7 +179,7 @@ def damaged_in(
 def remember(
     place: str, # absolute path or address of the set
     paths: list[str], # recordings that could not be used
-    seconds: float = 10.0, # time after which no other recording is checked
+    seconds: float = 10.0, # time after which no more recordings are checked
 ):
     "Keep which of some recordings are damaged, and why."
     import pandas as pd
@@ -185,7 +187,7 @@ def remember(
     end = time.monotonic() + seconds
 
     def check(path: str) -> tuple[int, int, str]: # state before the check: of a file that changes meanwhile, too
-        return *state_of(path), damage(path) if time.monotonic() < end else ""
+        return *state_of(path), damage(path, end) if time.monotonic() < end else ""
 
     paths = sorted({*paths}.difference(path for path, _ in damaged_in(place))) if paths else []
     found = pd.DataFrame(list(in_threads(check, paths)), columns=list(_DAMAGED), index=list(map(os.fsencode, paths)))

@@ -162,7 +162,7 @@ def _without(recordings: "Recordings", damaged: dict[str, str], base: str) -> "R
     import numpy as np
 
     ends = {os.path.basename(name) for name in damaged}  # to compute a million names takes seconds
-    rows = {i: damaged[name] for i, path in enumerate(recordings.paths)
+    rows = {i: damaged[name] for i, path in enumerate(recordings.paths if ends else ())
             if os.path.basename(path) in ends and (name := _name_of(path, base)) in damaged}
     if not rows:
         return recordings

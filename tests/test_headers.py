@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from audiomaepp import Run, batches, data, headers, source
 from audiomaepp.data import open_recordings, usable
 from audiomaepp.embed import fingerprint
+from audiomaepp.files import printable
 from audiomaepp.pieces import piece_of
 from audiomaepp.run import in_training
 from audiomaepp.shards import shard
@@ -206,16 +207,27 @@ def test_a_damaged_recording_is_found_once(folder, large, tmp_path, monkeypatch)
 
 def test_a_damaged_recording_that_is_held_out_is_found_by_the_first_evaluation(folder, large, tmp_path):
     """A training decodes no held-out clip, so no training would find it."""
+    shutil.copy(folder / "b/07.flac", os.fsencode(folder) + b"/b/caf\xe9.flac")  # in the training part
     first = Run.train(folder, held_out=[0, 1, 14], out=tmp_path / "first", quiet=True, **TINY)
-    assert skipped(first) == ["none.flac"] and parts_of(first)["b/07.flac"] == "test"
+    assert skipped(first) == ["none.flac", "caf\\xe9.flac"] and parts_of(first)["b/07.flac"] == "test"
     first.evaluate(quiet=True)
     second = Run.train(folder, held_out=[0, 1, 14], out=tmp_path / "second", quiet=True, **TINY)
-    assert skipped(second) == ["07.flac", "none.flac"] and first.evaluate(quiet=True).rows
+    assert skipped(second) == ["07.flac", "caf\\xe9.flac", "none.flac"] and first.evaluate(quiet=True).rows
     assert parts_of(second).items() < parts_of(first).items()  # row numbers still count all recordings
     tuned = second.finetune(tmp_path / "tuned", quiet=True, epochs=1, batch_size=8)
     (tmp_path / "home" / "headers").rename(tmp_path / "gone")
     for run in (first, second, tuned):  # a folder of headers may be deleted at any time
-        assert {*run.data.train.paths, *run.data.test.paths} == {str(folder / name) for name in parts_of(run)}
+        names = {printable(os.path.relpath(path, folder)) for part in run.data[:2] for path in part.paths}
+        assert names == parts_of(run).keys() and ("b/07.flac" in names) == (run is first)
+
+
+def test_a_training_with_too_many_damaged_recordings_is_begun_again_without_them(folder, large, tmp_path):
+    """Else a person has to take them out of the folder by hand."""
+    shutil.copy(folder / "b/07.flac", folder / "b/09.flac")
+    how = dict(held_out=[0, 1], quiet=True, **TINY | dict(max_unreadable=0.0))
+    with pytest.raises(batches.UnreadableError, match="2 of"):
+        Run.train(folder, out=tmp_path / "first", **how)
+    assert skipped(Run.train(folder, out=tmp_path / "second", **how)) == ["07.flac", "09.flac", "none.flac"]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
@@ -260,16 +272,19 @@ def test_what_several_trainings_remember_is_kept(folder, home, monkeypatch):
     bad = [str(folder / f"b/{name}.flac") for name in ("07", "café \udce9")]
     Path(bad[1]).write_bytes(Path(bad[0]).read_bytes())
     plain = headers.damage
-    monkeypatch.setattr(headers, "damage", lambda path: plain(path) if headers.remember(str(folder), bad[1:], 0) is None
-                        else "")
+
+    def meanwhile(path, end):
+        if path == bad[0]:
+            headers.remember(str(folder), bad[1:])
+        return plain(path, end)
+
+    monkeypatch.setattr(headers, "damage", meanwhile)
     headers.remember(str(folder), bad[:1])
-    monkeypatch.setattr(headers, "damage", plain)
-    headers.remember(str(folder), bad[1:])
     headers.remember(str(folder), [])
-    assert [path for path, _ in headers.damaged_in(str(folder))] == bad
+    assert sorted(path for path, _ in headers.damaged_in(str(folder))) == sorted(bad)
     names = [os.path.relpath(path, folder) for path in bad]
-    assert list(source.known_damage(source.Source(str(folder)))) == names
-    monkeypatch.setattr(headers, "damage", lambda path: pytest.fail("what is known was decoded again"))
+    assert sorted(source.known_damage(source.Source(str(folder)))) == sorted(names)
+    monkeypatch.setattr(headers, "damage", lambda path, end: pytest.fail("what is known was decoded again"))
     headers.remember(str(folder), bad)
     os.remove(bad[0])
     assert [path for path, _ in headers.damaged_in(str(folder))] == bad[1:]

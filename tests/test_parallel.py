@@ -532,7 +532,7 @@ def test_processes_that_remember_other_damaged_recordings_train_on_the_same_ones
     entry, sounds, home = tmp_path / "command.py", tmp_path / "sounds", tmp_path / "home"
     entry.write_text(MEMORIES)
     sounds.mkdir()
-    monkeypatch.setattr(headers, "damage", lambda path: "is damaged")
+    monkeypatch.setattr(headers, "damage", lambda path, end: "is damaged")
     for i in range(24):
         wave = torch.randn(8000, generator=torch.Generator().manual_seed(i))
         soundfile.write(sounds / f"{i:02d}.wav", wave.numpy() / 9, 16000)
