@@ -40,6 +40,7 @@ from .pieces import is_address, is_file
 from audiomaepp.source import (
     Parts,
     Source,
+    known_damage,
     load_source,
     need_path,
     open_again,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from audiomaepp.maps import AlignedMaps
     from audiomaepp.model import AudioMAEPlusPlus
     from audiomaepp.search import Hits
-    from audiomaepp.train import History, _Processes
+    from audiomaepp.train import History, Trainer, _Processes
 
 # %% ../nbs/40_run.ipynb #1a81a53b
 def is_main() -> bool:
@@ -149,6 +150,23 @@ def _begin(out: Path, command: str):
     claim(out, command, RUN_FILES)
 
 # %% ../nbs/40_run.ipynb #40c00001
+@contextmanager
+def _remembering(
+    trainer: "Trainer",
+    out: Path, # folder of the run
+    train: "Recordings", # its training part, as it was opened
+):
+    "At the end of a training, remember the recordings that it could not decode."
+    from audiomaepp.headers import remember
+
+    opened, place = {path for path, _ in train.skipped}, load_source(out).place if is_main() else ""
+    try:
+        yield
+    finally:
+        if is_main():
+            remember(place, [path for path, _ in trainer.saver.listed if path not in opened])
+
+
 def whitened(
     out: str | os.PathLike, # folder of a finished run
     cfg: Config, # its config
@@ -206,7 +224,9 @@ def train_run(
             trainer = Trainer(cfg, out_dir=out, quiet=quiet)
         leader = trainer.accelerator.is_main_process
         place = out if leader else None
-        parts = opened or open_alike(trainer.processes, lambda: open_source(source, cfg, quiet or not leader, place))
+        known = None if opened else on_main(lambda: known_damage(source))  # other machines may remember other files
+        parts = opened or open_alike(
+            trainer.processes, lambda: open_source(source, cfg, quiet or not leader, place, known))
         fitted, held = without_validation(parts.train, cfg.seed)
         if leader and not resume:
             cfg.save(out / "config.json")
@@ -217,7 +237,8 @@ def train_run(
                   f"{len(held)} validation clips choose the checkpoint")
         trainer.transform = Augment(cfg, build_frontend(cfg)).to(trainer.device)
         validation = Validation(fitted, held, cfg)
-        history = trainer.fit(ClipLoader(fitted, with_workers(cfg, fitted)), validation, validation.best_by)
+        with _remembering(trainer, out, parts.train):
+            history = trainer.fit(ClipLoader(fitted, with_workers(cfg, fitted)), validation, validation.best_by)
         trainer.accelerator.wait_for_everyone()
         return whitened(out, cfg, lambda: parts, trainer.device, quiet), history
 
@@ -283,6 +304,17 @@ def _epochs_done(run: Path) -> int: # 0 without a history
     return rows[-1].get("epoch", 0) if rows else 0
 
 
+def _scored(model, source: Source, parts: Parts, quiet: bool, device: str | None) -> Evaluation:
+    "Score both parts, and remember the recordings whose contents cannot be decoded."
+    from audiomaepp.headers import remember
+
+    found = score_parts(model, parts, quiet, device)
+    if source.data not in ("synthetic", "generated"):
+        scored = {*found.train.paths, *found.test.paths}
+        remember(source.place, [path for part in parts[:2] for path in part.paths if path not in scored])
+    return found
+
+
 def evaluate_run(
     run: str | os.PathLike, # folder of a run
     quiet: bool = False, # whether progress is hidden
@@ -296,7 +328,7 @@ def evaluate_run(
 
     run = Path(run)
     model = AudioMAEPlusPlus.from_pretrained(run)
-    found = score_parts(model, open_again(run, model.cfg, quiet), quiet, device)
+    found = _scored(model, load_source(run), open_again(run, model.cfg, quiet), quiet, device)
     if copies := sum(trained_on(run, found.test)):
         found.report.protocol += f"; copies of training clips among the held-out clips: {copies}"
     if 0 < (done := _epochs_done(run)) < model.cfg.epochs:
@@ -1024,7 +1056,7 @@ def evaluation_of(
             raise ValueError(f"{next(iter(unknown))} must be a field of Source, which splits other sounds; use fold, "
                              "group, held_out, fraction, label_from or group_from")
         source.check()
-        found = score_parts(run.path, open_source(source, run.config, quiet), quiet, device)
+        found = _scored(run.path, source, open_source(source, run.config, quiet), quiet, device)
         if copies := sum(trained_on(run.path, found.test)):
             found.report.protocol += (f". {copies} of the {len(found.test)} scored recordings are training recordings "
                                       "of the run, so these are not held-out numbers")

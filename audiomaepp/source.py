@@ -136,11 +136,47 @@ class Parts(NamedTuple):
     protocol: str # sentence that says how they were split
 
 
+def _base_of(place: str) -> str:
+    "Return the folder to which the names of recordings are relative."
+    return place if os.path.isdir(place) else os.path.dirname(place)
+
+
+def _name_of(path: str, base: str) -> str:
+    "Return the name of a recording in the data, wherever a machine has them."
+    return os.path.relpath(path, base) if os.path.isabs(path) else path
+
+
+def known_damage(source: Source) -> dict[str, str]: # name → reason
+    "Return the recordings whose contents earlier trainings and evaluations could not decode."
+    from audiomaepp.headers import damaged_in
+
+    base = _base_of(source.place)
+    return {} if source.data in _BUILT_IN else {_name_of(path, base): why for path, why in damaged_in(source.place)}
+
+
+_KNOWN = " (known from an earlier run)" # end of the reason in the list of what was left out
+
+
+def _without(recordings: "Recordings", damaged: dict[str, str], base: str) -> "Recordings":
+    "Return the recordings without those that are known to be damaged; `.skipped` lists these, too."
+    import numpy as np
+
+    ends = {os.path.basename(name) for name in damaged}  # to compute a million names takes seconds
+    rows = {i: damaged[name] for i, path in enumerate(recordings.paths if ends else ())
+            if os.path.basename(path) in ends and (name := _name_of(path, base)) in damaged}
+    if not rows:
+        return recordings
+    kept = recordings.select(np.delete(np.arange(len(recordings)), list(rows)))
+    kept.skipped.extend((recordings.paths[i], why + _KNOWN) for i, why in rows.items())
+    return kept
+
+# %% ../nbs/16_source.ipynb #ae473c10
 def open_source(
     source: Source,
     cfg: Config, # sample rate, and seed of a random split
     quiet: bool = False, # whether the progress bar is hidden
     out: Path | None = None, # folder for skipped.csv if there are too few usable recordings
+    damaged: dict[str, str] | None = None, # name → reason of recordings to leave out; default: `known_damage`
 ) -> Parts:
     "Return the usable recordings, split into a training part and a held-out part."
     import numpy as np
@@ -156,6 +192,8 @@ def open_source(
         if numbers:
             recordings.table["_held_out"] = np.isin(np.arange(len(recordings)), rows)
         if source.data != "synthetic":
+            damaged = known_damage(source) if damaged is None else damaged
+            recordings = _without(recordings, damaged, _base_of(source.place))
             recordings = usable(recordings, source.place, quiet=quiet)
         if numbers:
             rows = recordings.table.pop("_held_out").to_numpy(dtype=bool)
@@ -253,11 +291,10 @@ def _same(a: str, b: str) -> bool:
 # %% ../nbs/16_source.ipynb #4c9dc95b
 def _rows_of(train: "Recordings", test: "Recordings", base: str) -> dict[tuple[str, int], _Row]:
     "Return the rows of both parts, by name and by the number of earlier rows of that name."
-    base, before, rows = base if os.path.isdir(base) else os.path.dirname(base), Counter(), {}
+    base, before, rows = _base_of(base), Counter(), {}
     for part, recordings in (("train", train), ("test", test)):
         for i, (path, label) in enumerate(zip(recordings.paths, recordings.table["label"], strict=True)):
-            names = os.path.relpath(path, base) if os.path.isabs(path) else path, label or ""
-            name, label = map(printable, names)
+            name, label = map(printable, (_name_of(path, base), label or ""))
             rows[name, before[name]] = _Row(part, label, recordings, i)
             before[name] += 1
     return rows
@@ -337,6 +374,9 @@ def save_source(
     facts = dict(protocol=protocol, classes=train.classes, n_train=len(train), n_test=len(test), seed=seed)
     facts |= {"held_out": _names_digest(test, source.place), "skipped": len(train.skipped)}
     facts = {**dataclasses.asdict(source), "data": source.place, **facts}
+    base = _base_of(source.place)
+    if known := {_name_of(path, base): why.removesuffix(_KNOWN) for path, why in train.skipped if why.endswith(_KNOWN)}:
+        facts["damaged"] = known
     if source.data != "generated": # clips that need no file cannot change
         write_recordings(folder / "recordings.csv", train, test, source.place)
     if train.skipped:
@@ -365,9 +405,10 @@ def open_again(
 ) -> Parts:
     "Return a run's recordings, split as before; raise a `ValueError` that names what has changed since."
     path = Path(run) / "data.json"
-    source, facts = load_source(Path(run)), check_fields(read_json(path), dict(held_out=str, seed=int), path, ["seed"])
-    parts = open_source(source, cfg.replace(seed=facts.get("seed", cfg.seed)), quiet, Path(run))
-    train, test, protocol = parts
+    source, kinds = load_source(Path(run)), dict(held_out=str, seed=int, damaged=dict[str, str])
+    facts = check_fields(read_json(path), kinds, path, ["seed", "damaged"])
+    seed, damaged = facts.get("seed", cfg.seed), facts.get("damaged", {})  # not what was found since the run began
+    train, test, protocol = open_source(source, cfg.replace(seed=seed), quiet, Path(run), damaged)
     where = f"the run in {run} began"
     if path.with_name("recordings.csv").exists():
         where += " (recordings.csv there lists them)"

@@ -683,9 +683,9 @@ class _Saver:
         minutes: float = 5.0, # longest time between two checkpoints
     ):
         self.state, self.folder, self.minutes = state, Path(folder) if folder is not None else None, minutes
-        self.writes = self.folder is not None and processes.is_main
+        self.writes, self.processes = self.folder is not None and processes.is_main, processes
         self.checkpoints = Checkpoints(folder, state.cfg.keep_checkpoints) if folder is not None else None
-        self.time, self.skipped = time.monotonic(), lambda: None
+        self.time, self.skipped, self.listed = time.monotonic(), lambda: None, ()
 
     @contextlib.contextmanager
     def open(self, skipped: Callable[[], Any] = lambda: None): # returns the list of clips that could not be read
@@ -735,8 +735,9 @@ class _Saver:
 
     def save_skipped(self):
         "Write the list of clips that could not be read, of all processes."
-        if (skipped := self.skipped()) and self.writes:
-            skipped.to_csv(self.folder / "skipped.csv")
+        self.listed = self.skipped() or ()
+        if self.writes and self.listed:
+            self.listed.to_csv(self.folder / "skipped.csv")
 
 # %% ../nbs/04_train.ipynb #a1000036
 def _stop(
@@ -757,6 +758,7 @@ def _stop(
         saver.save_skipped()
     if folder:
         saver.checkpoints.job.wait()
+    saver.processes.highest(0)  # a process that ends has the others killed: none ends before the checkpoint is written
     if not signum:
         raise error
     saved = f"the checkpoint is in {folder}" if folder else "nothing was saved: out_dir is not set"

@@ -2,7 +2,10 @@
 
 import csv
 import hashlib
+import io
 import os
+import shutil
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from safetensors.torch import load_file
 
 from audiomaepp import Run, batches, data, headers, source
 from audiomaepp.data import open_recordings, usable
 from audiomaepp.embed import fingerprint
+from audiomaepp.files import printable
+from audiomaepp.pieces import piece_of
 from audiomaepp.run import in_training
 from audiomaepp.shards import shard
 from audiomaepp.shelf import SHARED
@@ -69,11 +75,8 @@ def test_a_large_folder_is_trained_on_without_decoding_it_first(folder, large, t
     rows = [0, 1, 2, 3]
     first = Run.train(folder, held_out=rows, out=tmp_path / "first", quiet=True, **TINY)
     assert skipped(first) == ["none.flac", "07.flac"] and parts_of(first)["b/07.flac"] == "train"
-    second = Run.train(folder, held_out=rows, out=tmp_path / "second", quiet=True, **TINY)
-    assert parts_of(second) == parts_of(first)
-    for run in (first, second):
-        again = run.resume(epochs=2, quiet=True)
-        assert again.epochs == 2 and again.evaluate(quiet=True).rows
+    again = first.resume(epochs=2, quiet=True)
+    assert again.epochs == 2 and again.evaluate(quiet=True).rows
 
 
 def test_headers_are_read_once(folder, home, monkeypatch):
@@ -167,3 +170,158 @@ def test_a_run_on_a_large_set_notices_other_contents(folder, large, tmp_path):
     soundfile.write(folder / "b/05.flac", np.zeros(16000), 16000)
     with pytest.raises(ValueError, match=r"b/05\.flac has other contents"):
         run.resume(epochs=3, quiet=True)
+
+
+# ---- damaged contents are remembered
+
+
+def all_of(run):
+    return [tensor.numpy().tobytes() for _, tensor in sorted(load_file(run.path / "model.safetensors").items())]
+
+
+def test_a_damaged_recording_is_found_once(folder, large, tmp_path, monkeypatch):
+    """Else every training finds it anew, and its batches hold another clip twice."""
+    lost, add = [], batches._Lost.add
+    monkeypatch.setattr(batches._Lost, "add", lambda self, failed: lost.extend(failed) or add(self, failed))
+    how = dict(held_out=[0, 1], quiet=True, **TINY)
+    first = Run.train(folder, out=tmp_path / "first", **how)
+    assert lost and "b/07.flac" in parts_of(first)
+    copy = Run(shutil.copytree(first.path, tmp_path / "copy"))
+    lost.clear()
+    second = Run.train(folder, out=tmp_path / "second", **how)
+    assert not lost and parts_of(first).keys() - parts_of(second).keys() == {"b/07.flac"}
+    listed = dict(pd.read_csv(second.path / "skipped.csv").to_numpy().tolist())
+    assert "samples can be decoded" in listed[str(folder / "b/07.flac")] and str(folder / "a/none.flac") in listed
+    first.resume(epochs=2, quiet=True)  # with the recordings that it began with
+    assert lost
+    with monkeypatch.context() as elsewhere:  # where nothing is remembered
+        elsewhere.setenv("AUDIOMAEPP_DATA", str(tmp_path / "nothing"))
+        copy.resume(epochs=2, quiet=True)
+        second.resume(epochs=2, quiet=True)
+    assert all_of(first) == all_of(copy)
+    soundfile.write(folder / "b/07.flac", np.random.default_rng(7).standard_normal(16000) / 9, 16000)
+    third = Run.train(folder, out=tmp_path / "third", **how)
+    assert parts_of(third).keys() == parts_of(first).keys() and skipped(third) == ["none.flac"]
+    assert second.resume(epochs=3, quiet=True).evaluate(quiet=True).rows  # still without the file that was replaced
+
+
+def test_a_damaged_recording_that_is_held_out_is_found_by_the_first_evaluation(folder, large, tmp_path):
+    """A training decodes no held-out clip, so no training would find it."""
+    shutil.copy(folder / "b/07.flac", os.fsencode(folder) + b"/b/caf\xe9.flac")  # in the training part
+    first = Run.train(folder, held_out=[0, 1, 14], out=tmp_path / "first", quiet=True, **TINY)
+    assert skipped(first) == ["none.flac", "caf\\xe9.flac"] and parts_of(first)["b/07.flac"] == "test"
+    first.evaluate(quiet=True)
+    second = Run.train(folder, held_out=[0, 1, 14], out=tmp_path / "second", quiet=True, **TINY)
+    assert skipped(second) == ["07.flac", "caf\\xe9.flac", "none.flac"] and first.evaluate(quiet=True).rows
+    assert parts_of(second).items() < parts_of(first).items()  # row numbers still count all recordings
+    tuned = second.finetune(tmp_path / "tuned", quiet=True, epochs=1, batch_size=8)
+    (tmp_path / "home" / "headers").rename(tmp_path / "gone")
+    for run in (first, second, tuned):  # a folder of headers may be deleted at any time
+        names = {printable(os.path.relpath(path, folder)) for part in run.data[:2] for path in part.paths}
+        assert names == parts_of(run).keys() and ("b/07.flac" in names) == (run is first)
+
+
+def test_a_training_with_too_many_damaged_recordings_is_begun_again_without_them(folder, large, tmp_path):
+    """Else a person has to take them out of the folder by hand."""
+    shutil.copy(folder / "b/07.flac", folder / "b/09.flac")
+    how = dict(held_out=[0, 1], quiet=True, **TINY | dict(max_unreadable=0.0))
+    with pytest.raises(batches.UnreadableError, match="2 of"):
+        Run.train(folder, out=tmp_path / "first", **how)
+    assert skipped(Run.train(folder, out=tmp_path / "second", **how)) == ["07.flac", "09.flac", "none.flac"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_recording_whose_bytes_cannot_be_read_is_not_remembered(error, folder, large, tmp_path, monkeypatch):
+    """A network disk that is away for a moment would take recordings out of every later training."""
+
+    class Away(io.BytesIO):
+        def readinto(self, buffer):
+            if self.tell() > 8192:
+                raise error
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(headers, "open_file", lambda path: Away(Path(path).read_bytes()))
+    first = Run.train(folder, held_out=[0, 1], out=tmp_path / "first", quiet=True, **TINY)
+    assert skipped(first) == ["none.flac", "07.flac"]
+    assert source.known_damage(source.Source(str(folder))) == {}
+
+
+def test_what_is_damage(folder, tmp_path):
+    """Whatever the opening of a set that fits into memory refuses, and no more."""
+    silence, broken = np.zeros(16000, np.float32), tmp_path / "nan.wav"
+    soundfile.write(broken, np.where(np.arange(16000) == 9000, np.nan, silence), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "whole.wav", silence, 16000)
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "whole.wav").read_bytes()[:-4000])
+    os.mkfifo(tmp_path / "pipe.wav")
+    bad = [broken, tmp_path / "cut.wav", folder / "b/07.flac"]
+    fine = [tmp_path / "whole.wav", folder / "b/05.flac"]
+    no_header = [folder / "a/none.flac", tmp_path / "missing.wav", tmp_path, tmp_path / "pipe.wav"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in (*bad, *fine):
+            tar.add(path, path.name)
+    inside = open_recordings(tmp_path / "x.tar").paths
+    for path in map(str, (*bad, *fine, *no_header, *inside)):
+        assert bool(headers.damage(path)) == (Path(path).name in {path.name for path in bad}), path
+    table = pd.DataFrame(dict(path=[str(path) for path in (*bad, *fine)]))
+    refused = data.drop_unreadable(data.Recordings(table), quiet=True).skipped
+    assert refused == [(str(path), headers.damage(str(path))) for path in bad]
+
+
+def test_what_several_trainings_remember_is_kept(folder, home, monkeypatch):
+    """Of two that end together, the second must not undo what the first has found."""
+    bad = [str(folder / f"b/{name}.flac") for name in ("07", "café \udce9")]
+    Path(bad[1]).write_bytes(Path(bad[0]).read_bytes())
+    plain = headers.damage
+
+    def meanwhile(path, end):
+        if path == bad[0]:
+            headers.remember(str(folder), bad[1:])
+        return plain(path, end)
+
+    monkeypatch.setattr(headers, "damage", meanwhile)
+    headers.remember(str(folder), bad[:1])
+    headers.remember(str(folder), [])
+    assert sorted(path for path, _ in headers.damaged_in(str(folder))) == sorted(bad)
+    names = [os.path.relpath(path, folder) for path in bad]
+    assert sorted(source.known_damage(source.Source(str(folder)))) == sorted(names)
+    monkeypatch.setattr(headers, "damage", lambda path, end: pytest.fail("what is known was decoded again"))
+    headers.remember(str(folder), bad)
+    os.remove(bad[0])
+    assert [path for path, _ in headers.damaged_in(str(folder))] == bad[1:]
+
+
+def test_a_damaged_memory_is_no_error(folder, home, monkeypatch, tmp_path):
+    """What is damaged is found again, and that is all."""
+    bad, place = str(folder / "b/07.flac"), str(folder)
+    headers.remember(place, [bad])
+    (kept,) = home.glob("*-damaged.parquet")
+    good = pd.read_parquet(kept)
+    for broken in (good.drop(columns="reason"), good.assign(size="x"), good.assign(size=np.nan), good.assign(path="a"),
+                   good.assign(path=1), good.assign(reason=None), good[:0], pd.concat([good, good])):  # fmt: skip
+        broken.to_parquet(kept)
+        assert [path for path, _ in headers.damaged_in(place)] == [bad] * (len(broken) == 2)
+        headers.remember(place, [bad])
+        assert [path for path, _ in headers.damaged_in(place)] == [bad]
+    kept.write_bytes(b"PAR1")
+    assert headers.damaged_in(place) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AUDIOMAEPP_DATA", str(tmp_path / "file"))
+    headers.remember(place, [bad])
+    assert headers.damaged_in(place) == []
+
+
+def test_a_damaged_recording_in_a_shard_is_found_once(folder, large, tmp_path):
+    """A tar file can be damaged after it was written."""
+    (folder / "b/07.flac").unlink()
+    shard(folder, tmp_path / "shards", quiet=True)
+    (tar,) = (tmp_path / "shards").glob("*.tar")
+    (piece,) = (path for path in open_recordings(tmp_path / "shards").paths if path.endswith("/05.flac"))
+    at, size = piece_of(piece)[1:3]
+    with open(tar, "r+b") as file:
+        file.seek(at + size // 3)
+        file.write(bytes(size // 2))
+    for name, before in (("first", 0), ("second", 1)):
+        run = Run.train(tmp_path / "shards", held_out=[0, 1], out=tmp_path / name, quiet=True, **TINY)
+        assert skipped(run) == ["05.flac"] and len(parts_of(run)) == 19 - before
+    os.utime(tar)
+    assert source.known_damage(source.Source(str(tmp_path / "shards"))) == {}

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -25,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import audiomaepp
 import audiomaepp.batches as loading
+from audiomaepp import headers
 from audiomaepp.checkpoints import read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
@@ -535,6 +537,37 @@ def test_processes_that_open_other_recordings_do_not_train(what, reason, tmp_pat
     done = run_several(entry, what, "train", sounds, "--out", tmp_path / "run", "--epochs", "1")
     assert done.returncode == 1 and reason in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "run" / "history.csv").exists()
+
+
+MEMORIES = """
+import os, sys
+from functools import partial
+from audiomaepp import data
+from audiomaepp.cli import main
+
+if __name__ == "__main__":
+    os.environ["AUDIOMAEPP_DATA"] += os.environ["RANK"]  # two machines
+    data.usable = partial(data.usable, keep=8000)
+    main(sys.argv[1:])
+"""
+
+
+def test_processes_that_remember_other_damaged_recordings_train_on_the_same_ones(tmp_path, monkeypatch):
+    """Machines keep what they have found in folders of their own; what the main process knows counts."""
+    entry, sounds, home = tmp_path / "command.py", tmp_path / "sounds", tmp_path / "home"
+    entry.write_text(MEMORIES)
+    sounds.mkdir()
+    monkeypatch.setattr(headers, "damage", lambda path, end: "is damaged")
+    for i in range(24):
+        wave = torch.randn(8000, generator=torch.Generator().manual_seed(i))
+        soundfile.write(sounds / f"{i:02d}.wav", wave.numpy() / 9, 16000)
+    for rank in range(2):
+        monkeypatch.setenv("AUDIOMAEPP_DATA", f"{home}{rank}")
+        headers.remember(str(sounds), [str(sounds / f"{rank:02d}.wav")])
+    monkeypatch.setenv("AUDIOMAEPP_DATA", str(home))
+    torchrun(entry, "train", sounds, "--out", tmp_path / "run", *FLAGS[2:], "--num-workers", 1)
+    opened = pd.read_csv(tmp_path / "run" / "recordings.csv")["path"]
+    assert sorted(opened) == [f"{i:02d}.wav" for i in range(1, 24)]
 
 
 def test_a_killed_process_ends_both_by_name(tmp_path, command):
