@@ -573,7 +573,8 @@ class _LogMels:
 
     def __init__(self, recordings: Recordings, cfg: Config):
         self.recordings, self.frontend = recordings, build_frontend(cfg)
-        self.shelf = {} if recordings.in_memory else Shelf(len(recordings), cfg.img_size[1])
+        most = int(cfg.cache_gb * 1e9) if cfg.cache_gb else None
+        self.shelf = {} if recordings.in_memory else Shelf(len(recordings), cfg.img_size[1], most)
         self.empty = torch.zeros(0, *cfg.img_size, dtype=torch.float16)
 
     def __call__(

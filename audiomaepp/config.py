@@ -330,6 +330,7 @@ class _FrontEnd(_Image):
 class _Augmentation(_FrontEnd):
     "Augmentation in training"
     cache_features: bool = False # compute the log-mel of each recording once and augment it; False augments waveforms
+    cache_gb: float = 0.0 # largest temporary file of these (GB) for a set that is not in memory; 0: half of the free disk
     echo: int = 1 # training steps with each batch that is loaded, each with other masks and augmentations
     random_crop: bool = True # train on a window at a random place of the clip; False takes its beginning
     roll: bool = False # shift a clip circularly in time by a random amount
@@ -351,6 +352,7 @@ class _Augmentation(_FrontEnd):
             ("mix", 1, "0.5 to mix every second clip"),
         ):
             _need_float(field, getattr(self, field), 0, most, f"{example}, or 0 to switch it off")
+        _need_float("cache_gb", self.cache_gb, 0, 1e6, "100 for 100 GB, or 0 for half of the free disk")
         _need_int("echo", self.echo)
         if self.top_db_jitter > self.top_db:
             required = f"must be at most top_db, which is {self.top_db:g} dB"

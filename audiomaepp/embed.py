@@ -223,7 +223,7 @@ class WindowEncoder:
 # %% ../nbs/20_embed.ipynb #296a68c0
 _UNUSED = (
     "snapshots", "decode_ratio", "whiten", "cache_features", "echo", "fused_optimizer", "compile", "recompute", "init",
-    "shard_model",
+    "shard_model", "cache_gb",
 )
 
 

@@ -290,6 +290,18 @@ def test_a_full_disk_costs_time_and_no_recording(folder, monkeypatch, room):
     assert 0 < kept < 16 if room > 16 * 16 else kept == 0
 
 
+def test_the_cache_takes_no_more_of_the_disk_than_it_is_told(folder):
+    """Several trainings on one machine took half of what was free each, and then nothing of it for the others."""
+    cfg, recordings = config(batch_size=4, **CACHED), open_recordings(folder)
+    before, loader = batches_of(recordings, cfg), ClipLoader(recordings, cfg.replace(cache_gb=50e-6))
+    assert same(list(loader), before)
+    shelf = loader._batches.dataset.cut.shelf
+    assert 0 < sum(shelf.get(row) is not None for row in range(16)) < 16
+    assert 20_000 < os.fstat(shelf.file.fileno()).st_size <= 50_000
+    with pytest.raises(ValueError, match="cache_gb must be .* use 100 for 100 GB"):
+        cfg.replace(cache_gb=-1)
+
+
 def test_a_disk_without_locks_is_no_fault_of_the_recordings(folder, monkeypatch):
     """Every recording was listed as one that cannot be read."""
     def refused(file):
