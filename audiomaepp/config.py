@@ -330,7 +330,7 @@ class _FrontEnd(_Image):
 class _Augmentation(_FrontEnd):
     "Augmentation in training"
     cache_features: bool = False # compute the log-mel of each recording once and augment it; False augments waveforms
-    cache_gb: float = 0.0 # largest temporary file of them (GB), of a set that is not in memory; 0: half of the free disk
+    cache_gb: float = 0.0 # size of their file (GB), if the set is not in memory; 0: half of the free temporary disk
     echo: int = 1 # training steps with each batch that is loaded, each with other masks and augmentations
     random_crop: bool = True # train on a window at a random place of the clip; False takes its beginning
     roll: bool = False # shift a clip circularly in time by a random amount
