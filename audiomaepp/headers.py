@@ -78,12 +78,25 @@ def _kept(file: Path, columns: dict = _COLUMNS): # DataFrame with these columns,
 
     try:
         table = read_parquet(file, ["path", *columns]).astype(columns)
-        for name, kind in (("path", "bytes"), ("reason", "string")):
+        for name, kind in (("path", "bytes"), ("reason", "string"), ("digest", "string")):
             if name in table and pd.api.types.infer_dtype(table[name], skipna=False) not in (kind, "empty"):
                 raise TypeError(f"{name} must be {kind}")
         return table[~table["path"].duplicated()].set_index("path")[list(columns)]
     except (OSError, ValueError, TypeError):
         return pd.DataFrame(columns=list(columns), index=pd.Index([], dtype=object)).astype(columns)
+
+
+def _names(paths: list[str]): # pandas.Index
+    "Return paths as the index of a kept table."
+    import pandas as pd
+
+    return pd.Index([os.fsencode(path) for path in paths], dtype=object)
+
+
+def _compared(kept, names, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (n, 2) size, modified
+    "Return the row of each name in a kept table, −1 if it has none, and which names are new or have another state."
+    at, before = kept.index.get_indexer(names), kept[["size", "modified"]].to_numpy(np.int64)
+    return at, np.flatnonzero((np.vstack([before, [[-2, -2]]])[at] != states).any(1))
 
 
 def _keep(table, file: Path): # DataFrame: see `_kept`
@@ -105,11 +118,9 @@ def headers_of(
     "Return what the headers of recordings say; `reason` says why one cannot be used and is empty for the others."
     import pandas as pd
 
-    names = pd.Index([os.fsencode(path) for path in paths], dtype=object)
+    names, kept = _names(paths), _kept(_kept_in(place))
     states = np.array(list(in_threads(state_of, paths)), np.int64).reshape(-1, 2)
-    kept = _kept(_kept_in(place))
-    at, before = kept.index.get_indexer(names), kept[["size", "modified"]].to_numpy(np.int64)
-    new = np.flatnonzero((np.vstack([before, [[-2, -2]]])[at] != states).any(1))
+    at, new = _compared(kept, names, states)
     seconds, reasons = np.append(kept["seconds"].to_numpy(), math.nan)[at], np.full(len(names), "", object)
     found = in_threads(_header, [paths[i] for i in new], "" if quiet else "reading headers")
     for i, header in zip(new, found, strict=True):
@@ -119,6 +130,31 @@ def headers_of(
     if place and good[new].any():
         _keep(pd.concat([kept[~kept.index.isin(names)], table[good & ~names.duplicated()]]), _kept_in(place))
     return table.assign(reason=reasons).reset_index(drop=True)
+
+# %% ../nbs/headers.ipynb #85c0a592
+_DIGESTS = {"size": np.int64, "modified": np.int64, "digest": object}
+
+
+def digests_of(
+    paths: list[str], # of recordings
+    states: list[tuple[int, int]], # their sizes (bytes) and modification times (ns)
+    place: str, # absolute path of the set
+    kind: str, # what a digest is made of; a name
+    digest: Callable[[int], str], # computes the one of a row
+) -> list[str]:
+    "Return the digests of recordings; compute those that are not known, in threads."
+    import pandas as pd
+
+    kept = _kept(file := _kept_in(place, f"-{kind}"), _DIGESTS)
+    names, states = _names(paths), np.array(states, np.int64).reshape(-1, 2)
+    at, new = _compared(kept, names, states)
+    digests = np.append(kept["digest"].to_numpy(object), "")[at]
+    for i, found in zip(new, in_threads(digest, new.tolist()), strict=True):
+        digests[i] = found
+    if len(new):
+        table = pd.DataFrame(dict(size=states[:, 0], modified=states[:, 1], digest=digests), index=names)
+        _keep(pd.concat([kept[~kept.index.isin(names)], table[~names.duplicated()]]), file)
+    return digests.tolist()
 
 # %% ../nbs/headers.ipynb #ffeb17f5
 class _Watched(io.RawIOBase):

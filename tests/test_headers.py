@@ -104,6 +104,26 @@ def test_headers_are_read_once(folder, home, monkeypatch):
     assert read == paths
 
 
+def test_digests_of_a_large_set_are_computed_once(folder, large, tmp_path, monkeypatch):
+    """A second training on a million files began only after all of them had been opened again."""
+    read, plain = [], source._Row.digest
+    monkeypatch.setattr(source._Row, "digest", lambda row, *args, **how: read.append(row) or plain(row, *args, **how))
+
+    def digests(name):
+        read.clear()
+        run = Run.train(folder, held_out=[0, 1], out=tmp_path / name, quiet=True, **TINY)
+        return dict(pd.read_csv(run.path / "recordings.csv").set_index("path")["digest"])
+
+    first = digests("first")
+    assert len(read) == len(first) == 20 and all(text.startswith("samples:") for text in first.values())
+    (folder / "b" / "07.flac").unlink()  # damaged: a later training leaves it out
+    del first["b/07.flac"]
+    assert digests("second") == first and not read
+    soundfile.write(folder / "a" / "00.flac", np.ones(16000) / 9, 16000)
+    third = digests("third")
+    assert len(read) == 1 and {name for name in first if third[name] != first[name]} == {"a/00.flac"}
+
+
 def test_a_folder_of_headers_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("AUDIOMAEPP_DATA", str(tmp_path / "file"))
