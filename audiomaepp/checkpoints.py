@@ -107,10 +107,10 @@ def _placed(value: Tensor, like: Tensor) -> Tensor:
 def _put(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer):
     "Put weights, averages and random state back."
     for name, value in model.state_dict().items():
-        value.copy_(_placed(tensors[f"model.{name}"], value))
+        value.copy_(_placed(tensors.pop(f"model.{name}"), value))
     for name, p in model.named_parameters():
         for key in _AVERAGES:
-            if (value := tensors.get(f"{key}.{name}")) is not None:
+            if (value := tensors.pop(f"{key}.{name}", None)) is not None:
                 # AdamW counts its steps on the CPU unless it is fused
                 on_cpu = key == "step" and not optimizer.defaults.get("fused")
                 value = value if key == "step" else _placed(value, p)
@@ -139,13 +139,20 @@ def read_whole(
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def need_parts():
+    "Raise `ImportError` if this version of torch cannot write checkpoints in parts."
+    try:
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401
+        from torch.distributed.checkpoint.staging import DefaultStager  # noqa: F401
+    except ImportError:
+        raise ImportError("shard_model must have a version of torch that writes checkpoints in parts, got "
+                          f"{torch.__version__}; update torch, or train with shard_model=False") from None
+
+
 def _storage(folder: str | os.PathLike, reader: bool = False):
     "Return a writer or a reader of safetensors files in parts."
     import torch.distributed.checkpoint as dcp
 
-    if not hasattr(dcp, "HuggingFaceStorageWriter"):
-        raise ImportError("shard_model must have a version of torch that writes checkpoints in parts, got "
-                          f"{torch.__version__}; update torch, or train with shard_model=False")
     if reader:
         return dcp.HuggingFaceStorageReader(os.fspath(folder))
     return dcp.HuggingFaceStorageWriter(os.fspath(folder), save_distributed=True)
@@ -155,14 +162,18 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "Return copies of the parts of this process on the CPU."
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    return DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        return stager.stage(tensors)
+    finally:
+        stager.close()  # else it keeps its copies
 
 
 def write_parts(
     folder: Path, # new folder
     tensors: dict[str, Tensor], # copies on the CPU, parts of each process
     group: "dist.ProcessGroup", # all processes, which must call this; gloo
-    make_room: Callable[[], None] = lambda: None, # removes files from a full disk, in the main process
+    make_room: Callable[[], None] = lambda: None, # removes files from a full disk; the main process calls it
 ) -> dict: # what a checkpoint says of its parts
     "Write the parts of all processes; on a full disk of one of them, make room and write again."
     from torch.distributed.checkpoint import CheckpointException, save
@@ -178,7 +189,8 @@ def write_parts(
             full = getattr(error, "errno", None) in _FULL
             if again or not full:
                 raise _cannot_write(folder, error if isinstance(error, OSError) else OSError(0, str(error))) from error
-            make_room()
+            if group.rank() == 0:  # the others write when it has made its plan
+                make_room()
     files = sorted(folder.glob("*.safetensors"))
     return dict(folder=folder.name, files={path.name: path.stat().st_size for path in files})
 
@@ -296,39 +308,46 @@ def with_room(
 def _make_room(kept: "Checkpoints"):
     "Remove the earlier checkpoints."
     for path in kept.earlier():
-        path.unlink()
+        path.unlink(missing_ok=True)
     _remove_unused(kept)
 
 
 def _remove_unused(kept: "Checkpoints"):
-    "Remove the folders of parts that no checkpoint names; leave them all if a checkpoint cannot be read."
-    if folders := set(kept.folder.glob("checkpoint-*.parts")):
-        with suppress(ValueError, OSError):
-            used = [read_progress(path).get("parts") for path in (kept.newest, *kept.earlier()) if path.exists()]
-            for folder in folders - {kept.folder / str(parts["folder"]) for parts in used if parts}:
-                shutil.rmtree(folder, ignore_errors=True)
+    "Remove the folders of parts that no checkpoint names, whatever its own name is."
+    folders, used = list(kept.folder.glob("checkpoint-*.parts")), set()
+    for path in kept.folder.glob("*.safetensors") if folders else ():
+        try:
+            parts = read_progress(path).get("parts")
+        except (ValueError, OSError):  # weights, or a damaged checkpoint
+            parts = None
+            used |= set(folders if path == kept.newest else kept.folder.glob(f"{path.stem}-*.parts"))
+        used |= {kept.folder / str(parts["folder"])} if parts else set()
+    for folder in set(folders) - used:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict):
+def _replace(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable):
     "Write the newest checkpoint file; keep the previous one under another name, and remove the oldest."
     if kept.keep > 1 and kept.step is not None:
-        with suppress(OSError):  # it is there already, or the disk has no links
-            os.link(kept.newest, kept.folder / f"checkpoint-{kept.step:08d}.safetensors")
+        with suppress(OSError):  # the disk has no links
+            (earlier := kept.folder / f"checkpoint-{kept.step:08d}.safetensors").unlink(missing_ok=True)
+            os.link(kept.newest, earlier)
     with_room(kept, partial(write_checkpoint, kept.newest, tensors, progress))
     kept.step = progress["step"]
     for path in kept.earlier()[: max(0, len(kept.earlier()) - kept.keep + 1)]:
         path.unlink()
     _remove_unused(kept)
+    with_room(kept, then)
 
 # %% ../nbs/checkpoints.ipynb #c7ec0015
-def _in_one(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict) -> Callable[[], None]:
+def _in_one(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable) -> Callable[[], None]:
     "Return the job that writes a checkpoint as one file."
     tensors = _copied(tensors)
     need_finite(tensors, kept.newest)
-    return partial(_replace, kept, tensors | _random_state(), progress)
+    return partial(_replace, kept, tensors | _random_state(), progress, then)
 
 
-def _in_parts(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict) -> Callable[[], None]:
+def _in_parts(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable) -> Callable[[], None]:
     "Return the job that writes a checkpoint in parts: the parts of all processes, then the file that names them."
     if kept.group is None:
         kept.group = dist.new_group(backend="gloo")  # the training goes on with the other group
@@ -343,7 +362,7 @@ def _in_parts(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict) -
     def write():
         parts = write_parts(folder, tensors, group, partial(_make_room, kept))
         if group.rank() == 0:
-            _replace(kept, random, progress | {"parts": parts})
+            _replace(kept, random, progress | {"parts": parts}, then)
 
     return write
 
@@ -378,12 +397,13 @@ class Checkpoints:
         model: nn.Module, # model whose weights are saved; if it is divided, all processes must call this
         optimizer: torch.optim.Optimizer, # AdamW, with its running averages
         progress: dict, # JSON: config, position, history
+        then: Callable[[], None] = lambda: None, # called in the main process when the checkpoint is written
     ):
         "Copy the state of a training, and let a thread write it as the newest checkpoint."
         self.job.wait()
         tensors, progress = training_tensors(model, optimizer), json.loads(json.dumps(progress))
         prepare = _in_parts if any(map(_is_part, tensors.values())) else _in_one
-        self.job.start(prepare(self, tensors, progress))
+        self.job.start(prepare(self, tensors, progress, then))
 
     def save(
         self,
@@ -398,6 +418,7 @@ class Checkpoints:
     def read(self) -> dict:
         "Return the JSON part of the newest checkpoint; an error names the earlier ones."
         try:
+            parts_of(self.newest)
             return read_progress(self.newest)
         except ValueError as error:
             others = ", ".join(path.name for path in self.earlier())
@@ -409,6 +430,6 @@ class Checkpoints:
         try:
             self.job.wait()
         finally:
-            if self.group is not None:
+            if self.group is not None and self.job.thread is None:  # not if the waiting was interrupted
                 dist.destroy_process_group(self.group)
-            self.group = None
+                self.group = None

@@ -706,6 +706,7 @@ def split(
     group: str | list | None = None, # group or speaker, or several, to hold out
     fraction: float = 0.2, # part to hold out when it is chosen at random
     seed: int = 0, # seed of the random choice
+    left_out=(), # rows that are in neither part, without a change of the other rows: numbers, a mask or a query
 ) -> tuple[Recordings, Recordings, str]: # training part, held-out part, description
     "Return two parts without a common file, and a sentence that says how they were chosen."
     given = [name for name, value in (("fold", fold), ("held_out", held_out), ("group", group)) if value is not None]
@@ -714,6 +715,8 @@ def split(
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}; use 0.2 to hold out a fifth")
     train, test, words = _choose(recordings, fold, held_out, group, fraction, seed)
+    kept = ~np.isin(np.arange(len(recordings)), _row_numbers(recordings, left_out))
+    train, test = train & kept, test & kept
     files = np.array([os.path.realpath(path) for path in recordings.paths])
     twice = train & np.isin(files, files[test])
     train = train & ~twice

@@ -223,7 +223,8 @@ def remember(
     end = time.monotonic() + seconds
 
     def check(path: str) -> tuple[int, int, str]: # state before the check: of a file that changes meanwhile, too
-        return *state_of(path), damage(path, end) if time.monotonic() < end else ""
+        size, modified = state_of(path) if time.monotonic() < end else (-1, 0)
+        return size, modified, damage(path, end) if modified else "" # a piece at an address has no time
 
     paths = sorted({*paths}.difference(path for path, _ in damaged_in(place))) if paths else []
     found = pd.DataFrame(list(in_threads(check, paths)), columns=list(_DAMAGED), index=list(map(os.fsencode, paths)))

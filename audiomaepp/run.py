@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import STARTERS, Config
 from audiomaepp.files import (
+    Stopped,
     check_fields,
     claim,
     made_by,
@@ -158,13 +159,19 @@ def _remembering(
 ):
     "At the end of a training, remember the recordings that it could not decode."
     from audiomaepp.headers import remember
+    from audiomaepp.train import LoaderError
 
-    opened, place = {path for path, _ in train.skipped}, load_source(out).place if is_main() else ""
+    opened, place, ended = {path for path, _ in train.skipped}, load_source(out).place if is_main() else "", None
     try:
         yield
+    except BaseException as error:
+        ended = error
+        raise
     finally:
-        if is_main():
+        if is_main() and not isinstance(ended, LoaderError):  # else the disk may hang
             remember(place, [path for path, _ in trainer.saver.listed if path not in opened])
+        if isinstance(ended, Stopped):  # a process that ends has the others killed
+            trainer.processes.highest(0)
 
 
 def whitened(

@@ -159,18 +159,13 @@ def known_damage(source: Source) -> dict[str, str]: # name → reason
 _KNOWN = " (known from an earlier run)" # end of the reason in the list of what was left out
 
 
-def _without(recordings: "Recordings", damaged: dict[str, str], base: str) -> "Recordings":
-    "Return the recordings without those that are known to be damaged; `.skipped` lists these, too."
-    import numpy as np
-
+def _list_known(recordings: "Recordings", damaged: dict[str, str], base: str) -> list[int]:
+    "Return the rows of recordings that are known to be damaged, and add them to `.skipped`."
     ends = {os.path.basename(name) for name in damaged}  # to compute a million names takes seconds
     rows = {i: damaged[name] for i, path in enumerate(recordings.paths if ends else ())
             if os.path.basename(path) in ends and (name := _name_of(path, base)) in damaged}
-    if not rows:
-        return recordings
-    kept = recordings.select(np.delete(np.arange(len(recordings)), list(rows)))
-    kept.skipped.extend((recordings.paths[i], why + _KNOWN) for i, why in rows.items())
-    return kept
+    recordings.skipped.extend((recordings.paths[i], why + _KNOWN) for i, why in rows.items())
+    return list(rows)
 
 # %% ../nbs/16_source.ipynb #ae473c10
 def open_source(
@@ -194,13 +189,13 @@ def open_source(
         if numbers:
             recordings.table["_held_out"] = np.isin(np.arange(len(recordings)), rows)
         if source.data != "synthetic":
-            damaged = known_damage(source) if damaged is None else damaged
-            recordings = _without(recordings, damaged, _base_of(source.place))
             recordings = usable(recordings, source.place, quiet=quiet)
         if numbers:
             rows = recordings.table.pop("_held_out").to_numpy(dtype=bool)
-        if len(recordings) < 2:
-            lines = [f"{source.data} holds {len(recordings)} readable recordings; use at least two.",
+        damaged = known_damage(source) if damaged is None else damaged
+        known = _list_known(recordings, damaged, _base_of(source.place))
+        if (n := len(recordings) - len(known)) < 2:
+            lines = [f"{source.data} holds {n} readable recordings; use at least two.",
                      *skipped_lines(recordings.skipped)]
             raise NoRecordings("\n".join(lines), recordings.skipped)
     except NoRecordings as error:
@@ -208,7 +203,7 @@ def open_source(
             error.skipped.to_csv(out / "skipped.csv")
         raise
     how = dict(fold=source.fold, group=source.group, held_out=rows, fraction=source.fraction, seed=cfg.seed)
-    return Parts(*split(recordings, **how))
+    return Parts(*split(recordings, **how, left_out=known))
 
 
 def _generated_parts(train: "Programs", most: int = 480) -> Parts:

@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoints, load_checkpoint, with_room
+from .checkpoints import Checkpoints, load_checkpoint, need_parts, with_room
 from .config import Config
 from .files import Stopped, make_folder, naming, only_writer, read_header, stopping, write_atomic
 from .losses import rankme, uniformity_loss
@@ -215,6 +215,7 @@ class _Shards:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        need_parts()
         self.model = model.to(processes.device)
         for value in (*model.parameters(), *model.buffers()):
             dist.broadcast(value.data, 0)  # as DDP does: all begin with the same weights
@@ -671,6 +672,13 @@ def _begin(folder: Path, state: _State):
         for path in folder.glob(SNAPSHOTS):
             path.unlink()
 
+
+def _keep_snapshot(saver: "_Saver", state: _State):
+    "Keep the weights of the encoder after epochs 1, 2, 4, 8, …, if the config asks for it."
+    if state.cfg.snapshots and not state.batch and state.epoch.bit_count() == 1:
+        state.collect()
+        saver.write(write_snapshot, state.model, state.epoch)
+
 # %% ../nbs/04_train.ipynb #d339069f
 class _Saver:
     "Writes the state of a run to its folder, if it has one."
@@ -711,27 +719,30 @@ class _Saver:
             self.checkpoints.job.check()
         return time.monotonic() - self.time > 60 * self.minutes
 
+    def wait(self):
+        "Wait until the checkpoint is written."
+        if self.folder:
+            self.checkpoints.job.wait()
+
     def write(self, work: Callable, *args):
         "Call a function that writes to the folder, once the checkpoint is written: both may have to make room."
         if self.writes:
-            self.checkpoints.job.wait()
+            self.wait()
             with_room(self.checkpoints, partial(work, self.folder, *args))
 
-    def snapshot(self):
-        "Keep the weights of the encoder after epochs 1, 2, 4, 8, …, if the config asks for it."
-        if self.state.cfg.snapshots and not self.state.batch and self.state.epoch.bit_count() == 1:
-            self.state.collect()
-            self.write(write_snapshot, self.state.model, self.state.epoch)
-
     def save(self):
-        "Begin to write the checkpoint; write the history and the list of skipped clips."
-        self.state.collect()
-        if self.writes or self.folder and self.state.parts is not None:
-            self.checkpoints.start(self.state.trained, self.state.optimizer, self.state.header())
-        if self.writes:
-            self.state.history.to_csv(self.folder / "history.csv")
+        "Write the list of skipped clips; begin to write the checkpoint, and the history after it."
+        state, rows, step = self.state, copy.deepcopy(self.state.history.rows), self.state.step
+
+        def saved():
+            History(rows).to_csv(self.folder / "history.csv")
+            state.saved_step = step
+
+        state.collect()
+        if self.writes or self.folder and state.parts is not None:
+            self.checkpoints.start(state.trained, state.optimizer, state.header(), saved)
         self.save_skipped()
-        self.time, self.state.saved_step = time.monotonic(), self.state.step
+        self.time, state.saved_step = time.monotonic(), state.saved_step if self.writes else step
 
     def save_skipped(self):
         "Write the list of clips that could not be read, of all processes."
@@ -750,14 +761,14 @@ def _stop(
     step, folder = saver.state.step, saver.folder
     if not signum and error is None:
         return
+    saver.wait()
     if log.meter.batches:  # steps that are in no row yet
         log.row()
     if saver.state.saved_step != step:
         saver.save()
     else:
         saver.save_skipped()
-    if folder:
-        saver.checkpoints.job.wait()
+    saver.wait()
     saver.processes.highest(0)  # a process that ends has the others killed: none ends before the checkpoint is written
     if not signum:
         raise error
@@ -951,7 +962,7 @@ class Trainer:
         batches = _Batches(train, self.cfg, self.processes, state.world)
         self.schedule = _Schedule(self.cfg, batches.per_epoch, state.world)
         score = partial(_evaluate, state, partial(self.saver.write, state.model.write), evaluate, best_by)
-        with self.saver.open(batches.skipped), stopping() as stop, self.log.open(self.schedule), _loader_errors():
+        with stopping() as stop, self.saver.open(batches.skipped), self.log.open(self.schedule), _loader_errors():
             while state.epoch < self.cfg.epochs:
                 item = batches.next(state, stop.signum, self.saver.late())
                 _stop(self.log, self.saver, item.signum, item.error)
@@ -959,11 +970,12 @@ class Trainer:
                     update = engine.step(item.batches, state.step, self.schedule.lr(state.step), self.transform)
                     self.log.step(update, partial(batches.names, item.batches))
                 state.epoch, state.batch = item.position
-                self.saver.snapshot()
+                _keep_snapshot(self.saver, state)
                 due = self.schedule.evaluates(state.step, *item.position)
                 if due or item.late or not item.batches:
                     self.log.row(score if due else dict)
                 if due or item.late:
                     self.saver.save()
+            self.saver.wait()
             _stop(self.log, self.saver, *self.processes.highest(stop.signum))
         return state.history

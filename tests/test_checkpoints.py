@@ -2,7 +2,11 @@
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +42,7 @@ def slow_disk(monkeypatch):
     def slow(path, tensors, said):
         if not kept.get("written"):
             assert moved.wait(30), "the training waited for the disk"
+            kept["history"] = (path.parent / "history.csv").exists()
             kept["written"] = said["step"]
         write(path, tensors, said)
 
@@ -58,7 +63,7 @@ def test_the_training_goes_on_while_the_disk_is_slow_and_the_checkpoint_is_of_it
     """Else each checkpoint stops all processes, or holds weights of two steps, with which no run could resume."""
     cfg = SMALL.replace(eval_steps=2, epochs=1, keep_checkpoints=5)
     Trainer(cfg, out_dir=tmp_path, quiet=True).fit(BATCHES)
-    assert slow_disk["written"] == 2
+    assert slow_disk["written"] == 2 and not slow_disk["history"]  # a folder with a history alone can't be resumed
     saved = load_file(tmp_path / "checkpoint-00000002.safetensors")
     assert all(torch.equal(saved[f"model.{name}"], value) for name, value in slow_disk["weights"].items())
     assert read_progress(tmp_path / "checkpoint.safetensors")["step"] == 4
@@ -77,6 +82,40 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path, monkeyp
     with pytest.raises(OutputError, match="checkpoint.safetensors cannot be written"):
         Trainer(SMALL.replace(epochs=50), out_dir=tmp_path, quiet=True, save_minutes=0).fit(BATCHES)
     assert len(steps) < 50
+
+
+PROGRAM = """
+import os, signal, sys
+from audiomaepp import checkpoints
+from test_checkpoints import BATCHES, SMALL, Trainer
+
+write = checkpoints.write_checkpoint
+
+
+def slow(path, tensors, said):
+    if said["step"] == 4:  # the last one
+        checkpoints.threading.Event().wait(1)
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        checkpoints.threading.Event().wait(1)
+    write(path, tensors, said)
+
+
+if __name__ == "__main__":
+    checkpoints.write_checkpoint = slow
+    Trainer(SMALL.replace(epochs=1), out_dir=sys.argv[1], quiet=True).fit(BATCHES)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(name, tmp_path):
+    """A job that was ended at its time limit, just when it had finished, kept nothing of its last epoch."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    places = [str(Path(__file__).parent), str(Path(checkpoints.__file__).parents[1])]
+    done = subprocess.run([sys.executable, tmp_path / "program.py", tmp_path / "run", name], text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(places)})  # fmt: skip
+    assert done.returncode != 0 and f"{name} stopped the training after step 4" in done.stderr, done.stderr
+    assert read_progress(tmp_path / "run" / "checkpoint.safetensors")["step"] == 4
+    assert (tmp_path / "run" / "history.csv").exists()
 
 
 # ---- in parts
@@ -128,6 +167,38 @@ def test_a_divided_model_is_saved_in_parts_and_loaded_whole_or_divided(divided, 
     assert not same(whole(*divided), now)
     load_checkpoint(kept.newest, *divided)
     assert same(whole(*divided), now)
+    kept.close()
+
+
+def test_the_copy_of_a_divided_model_is_freed(divided, tmp_path, monkeypatch):
+    """PyTorch keeps it until its stager is closed: a model that just fits had no room after some checkpoints."""
+    from torch.distributed.checkpoint.staging import DefaultStager
+
+    closed, close = [], DefaultStager.close
+    monkeypatch.setattr(DefaultStager, "close", lambda self: closed.append(1) or close(self))
+    kept = Checkpoints(tmp_path)
+    for number in (1, 2):
+        kept.save(*divided, progress(number))
+        assert len(closed) == number
+    kept.close()
+
+
+def test_parts_are_removed_with_the_last_checkpoint_that_names_them(divided, tmp_path):
+    """A copy of a checkpoint under another name keeps its parts; a damaged file keeps its own, not those of all."""
+    kept = Checkpoints(tmp_path, keep=2)
+    kept.save(*divided, progress(1))
+    shutil.copy(kept.newest, tmp_path / "mine.safetensors")
+    for number in (2, 3):
+        kept.save(*divided, progress(number))
+    (tmp_path / "checkpoint-00000002.safetensors").write_bytes(b"damaged")
+    assert [folder.name[:19] for folder in sorted(tmp_path.glob("*.parts"))] == [
+        "checkpoint-00000001", "checkpoint-00000002", "checkpoint-00000003"]  # fmt: skip
+    kept.keep = 3
+    for number in (4, 5):
+        kept.save(*divided, progress(number))
+    assert [folder.name[:19] for folder in sorted(tmp_path.glob("*.parts"))] == [
+        "checkpoint-00000001", "checkpoint-00000003", "checkpoint-00000004", "checkpoint-00000005"]  # fmt: skip
+    load_checkpoint(tmp_path / "mine.safetensors", *divided)
     kept.close()
 
 
@@ -214,12 +285,15 @@ def test_incomplete_parts_are_named(divided, tmp_path):
     """PyTorch leaves weights as they are, without a word, if a file that holds them is missing."""
     kept = Checkpoints(tmp_path)
     step(*divided, 1)
-    kept.save(*divided, progress(1))
+    for number in (1, 2):
+        kept.save(*divided, progress(number))
     kept.close()
-    (file,) = next(tmp_path.glob("*.parts")).iterdir()
+    (file,) = next(tmp_path.glob("checkpoint-00000002-*.parts")).iterdir()
     os.truncate(file, file.stat().st_size - 4)
     with pytest.raises(ValueError, match=rf"{file.name} must have the \d+ bytes that .* names, but it has \d+ bytes"):
         load_checkpoint(kept.newest, *divided)
     file.unlink()
     with pytest.raises(ValueError, match="but it is missing; use an undamaged copy of the folder"):
         load_checkpoint(kept.newest, *divided)
+    with pytest.raises(ValueError, match=r"missing; .*; to resume from an earlier one, .*: checkpoint-00000001"):
+        kept.read()

@@ -16,6 +16,7 @@ import soundfile
 from safetensors.torch import load_file
 
 from audiomaepp import Run, batches, data, headers, source
+from audiomaepp.config import Config
 from audiomaepp.data import open_recordings, usable
 from audiomaepp.embed import fingerprint
 from audiomaepp.files import printable
@@ -24,6 +25,7 @@ from audiomaepp.run import in_training
 from audiomaepp.shards import shard
 from audiomaepp.shelf import SHARED
 from audiomaepp.source import trained_on
+from audiomaepp.train import LoaderError, Trainer
 
 TINY = dict(
     embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2, batch_size=8, warmup_epochs=0,
@@ -232,7 +234,7 @@ def test_a_damaged_recording_that_is_held_out_is_found_by_the_first_evaluation(f
     assert skipped(first) == ["none.flac", "caf\\xe9.flac"] and parts_of(first)["b/07.flac"] == "test"
     first.evaluate(quiet=True)
     second = Run.train(folder, held_out=[0, 1, 14], out=tmp_path / "second", quiet=True, **TINY)
-    assert skipped(second) == ["07.flac", "caf\\xe9.flac", "none.flac"] and first.evaluate(quiet=True).rows
+    assert skipped(second) == ["none.flac", "07.flac", "caf\\xe9.flac"] and first.evaluate(quiet=True).rows
     assert parts_of(second).items() < parts_of(first).items()  # row numbers still count all recordings
     tuned = second.finetune(tmp_path / "tuned", quiet=True, epochs=1, batch_size=8)
     (tmp_path / "home" / "headers").rename(tmp_path / "gone")
@@ -247,7 +249,7 @@ def test_a_training_with_too_many_damaged_recordings_is_begun_again_without_them
     how = dict(held_out=[0, 1], quiet=True, **TINY | dict(max_unreadable=0.0))
     with pytest.raises(batches.UnreadableError, match="2 of"):
         Run.train(folder, out=tmp_path / "first", **how)
-    assert skipped(Run.train(folder, out=tmp_path / "second", **how)) == ["07.flac", "09.flac", "none.flac"]
+    assert skipped(Run.train(folder, out=tmp_path / "second", **how)) == ["none.flac", "07.flac", "09.flac"]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
@@ -345,3 +347,36 @@ def test_a_damaged_recording_in_a_shard_is_found_once(folder, large, tmp_path):
         assert skipped(run) == ["05.flac"] and len(parts_of(run)) == 19 - before
     os.utime(tar)
     assert source.known_damage(source.Source(str(tmp_path / "shards"))) == {}
+
+
+def test_what_is_remembered_does_not_change_what_is_held_out(folder, large, tmp_path):
+    """A random split of one file less is another split: half of what a model was trained on would be held out later."""
+    damaged = {"b/07.flac": "cannot be decoded"}
+    for seed in range(5):
+        cfg = Config.preset("nano", seed=seed)
+        before, after = (source.open_source(source.Source(str(folder)), cfg, True, None, out) for out in ({}, damaged))
+        for part in (0, 1):
+            assert set(before[part].paths) - set(after[part].paths) <= {str(folder / "b/07.flac")}
+            assert set(after[part].paths) <= set(before[part].paths), seed
+        assert len(before.train) + len(before.test) - len(after.train) - len(after.test) == 1
+        assert f"{len(after.train)} train / {len(after.test)} test" in after.protocol
+
+
+def test_after_an_error_of_the_loader_no_file_is_opened(folder, large, tmp_path, monkeypatch):
+    """The disk may hang, and the message that says so would never appear."""
+    def hangs(*args):
+        raise LoaderError("the disk hangs")
+
+    monkeypatch.setattr(Trainer, "fit", hangs)
+    monkeypatch.setattr(headers, "remember", lambda *args: pytest.fail("a file was opened"))
+    with pytest.raises(LoaderError, match="the disk hangs"):
+        Run.train(folder, out=tmp_path / "run", quiet=True, **TINY)
+
+
+def test_a_piece_at_an_address_is_not_remembered(monkeypatch):
+    """It has no modification time: a shard that was repaired would stay left out."""
+    monkeypatch.setattr(headers, "damage", lambda *args: "cannot be decoded")
+    for modified, found in ((0, []), (7, ["a.tar::b.wav"])):
+        monkeypatch.setattr(headers, "state_of", lambda path, modified=modified: (9, modified))
+        headers.remember("memory://set", ["a.tar::b.wav"])
+        assert [path for path, _ in headers.damaged_in("memory://set")] == found

@@ -3,6 +3,7 @@
 This file is a test and, under torchrun, the program that it tests.
 """
 
+import errno
 import gc
 import json
 import os
@@ -22,12 +23,13 @@ import soundfile
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import filesystem
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import audiomaepp
 import audiomaepp.batches as loading
 from audiomaepp import headers
-from audiomaepp.checkpoints import read_progress
+from audiomaepp.checkpoints import Checkpoints, load_checkpoint, read_progress
 from audiomaepp.config import Config
 from audiomaepp.data import open_recordings
 from audiomaepp.features import build_frontend
@@ -200,9 +202,24 @@ def as_one_with_a_part(out):
     resumed.fit(batches(2 * HALF))
     save_weights(resumed, out / "of one in parts")
     del resumed
+    on_a_full_disk(out / "full", cfg.replace(keep_checkpoints=3))
     gc.collect()
     (out / f"spectra_{os.environ['RANK']}.json").write_text(json.dumps(spectra_of(out / "sounds")))
     dist.destroy_process_group()
+
+
+def on_a_full_disk(folder, cfg):
+    "Train; the disk of the second process has no room for parts beside more than one earlier checkpoint."
+    stream = filesystem.FileSystem.create_stream
+
+    def create(self, path, mode):
+        if "w" in mode and os.environ["RANK"] == "1" and len(list(folder.glob("checkpoint-*.safetensors"))) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return stream(self, path, mode)
+
+    filesystem.FileSystem.create_stream = create
+    train(cfg, batches(HALF), MaskedByContent, out_dir=folder, save_minutes=0)
+    filesystem.FileSystem.create_stream = stream
 
 
 def spectra_of(sounds):
@@ -395,6 +412,16 @@ def test_each_process_writes_its_part_of_a_checkpoint(two):
     folder = newest.with_name(read_progress(newest)["parts"]["folder"])
     sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
     assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes) and newest.stat().st_size < 0.1 * sum(sizes)
+
+
+def test_one_full_disk_makes_room_for_all(two):
+    """Both processes removed the same files; one of them failed, and the other waited for it."""
+    kept = Checkpoints(two[1] / "full")
+    assert kept.read()["step"] == STEPS and len(kept.earlier()) < 2
+    model = MaskedByContent(config(HALF))
+    load_checkpoint(kept.newest, model, torch.optim.AdamW(model.parameters()))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in
+               load_file(two[1] / "in parts_0.safetensors").items())  # fmt: skip
 
 
 def test_a_run_of_one_file_goes_on_in_parts(two):
