@@ -1,11 +1,14 @@
 """The benchmarks that take hours must not fail in the last of them."""
 
 import json
+import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ import starter
 
 from audiomaepp.batches import ClipLoader
 from audiomaepp.config import Config
+from audiomaepp.data import Recordings, open_recordings, split
 from audiomaepp.synthetic import generated
 
 
@@ -47,6 +51,63 @@ def test_a_small_set_is_loaded_again_until_960_clips_are_there():
     loaded = list(scale.batches_of(ClipLoader(generated(70, 3, 0.1), cfg)))
     assert sum(len(batch["index"]) for batch in loaded) == 960
     assert not torch.equal(loaded[0]["index"], loaded[2]["index"])  # the next epoch has another order
+
+
+ROWS = 20_000
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A manifest of recordings, none of which is there."""
+    folder = tmp_path_factory.mktemp("large")
+    digests = [f"{i:032x}" for i in range(ROWS)]
+    paths = [f"{i // 1000:06d}.tar@{i}+9/sounds of the wood/{i:07d}.flac" for i in range(ROWS)]
+    table = pd.DataFrame(dict(path=paths, label=[f"bird {i % 9}" for i in range(ROWS)], seconds=1.0, digest=digests))
+    table.to_parquet(folder / "manifest.parquet", index=False)
+    return folder
+
+
+def objects(work):
+    """Bytes of Python objects and of arrays for each row: what stays, and the peak; and the result."""
+    work()
+    tracemalloc.start()
+    try:
+        result = work()
+        return *(size / ROWS for size in tracemalloc.get_traced_memory()), result
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_opened_set_has_no_objects_for_its_rows(large):
+    """They were 200 bytes for each row, and each loader worker got a copy of its own."""
+    stay, peak, recordings = objects(lambda: open_recordings(large))
+    assert stay < 40 and peak < 120
+    assert len(pickle.dumps(recordings)) < 1.3 * len(pickle.dumps(recordings.table))
+
+
+def test_a_split_does_not_copy_all_paths(large):
+    """It took 1.1 GB for a million recordings."""
+    recordings = open_recordings(large)
+    stay, peak, (train, test, _) = objects(lambda: split(recordings))
+    assert stay < 60 and peak < 250 and len(train) + len(test) == ROWS
+    assert not {*train.paths} & {*test.paths}
+
+
+def test_paths_are_used_like_a_list():
+    """Programs of users index, slice, join and compare them."""
+    names = ["a.wav", "caf\udce9.wav", "b.wav"]
+    table = pd.DataFrame(dict(path=pd.Series(names, dtype=object), label=["x", None, "x"]))
+    recordings = Recordings(table)
+    for sounds in (recordings, pickle.loads(pickle.dumps(recordings))):
+        paths = sounds.paths
+        assert paths == names == [*paths] and names == paths and paths != names[:2] and paths != "abc"
+        assert paths[-2] == names[1] and paths[1:] == names[1:] and paths[np.int64(2)] == "b.wav"
+        assert names[1] in paths and paths.index("b.wav") == 2 and paths + paths == names * 2
+        assert [*sounds.table["path"]] == ["a.wav", r"caf\xe9.wav", "b.wav"]
+        assert [*sounds.table["label"]] == ["x", None, "x"]
+        assert sounds.select([2, 1]).paths == names[:0:-1]
+    with pytest.raises(IndexError):
+        recordings.paths[3]
 
 
 @pytest.fixture(scope="module")
