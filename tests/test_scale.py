@@ -1,6 +1,7 @@
 """The benchmarks that take hours must not fail in the last of them."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -99,6 +100,29 @@ def test_the_order_of_an_epoch_is_numbers(large):
     stay, peak, (order, _) = objects(lambda: (order := iter(loader.schedule), next(order)))
     assert stay < 60 and peak < 120
     assert len({row for batch in order for _, row, _ in batch}) > ROWS - 2 * loader.schedule.batch_size
+
+
+EVALUATE = """
+import numpy as np
+from speed import memory_now
+from audiomaepp.evaluate import evaluate_embeddings
+rng = np.random.default_rng(0)
+y = rng.integers(0, 4, 66_000)
+x = rng.standard_normal((len(y), 128), dtype=np.float32) + (y[:, None] % 2).astype(np.float32)
+evaluate_embeddings(x[:300], y[:300], x[-100:], y[-100:])
+before = memory_now()
+evaluate_embeddings(x[:-4000], y[:-4000], x[-4000:], y[-4000:])
+print((memory_now(peak=True) - before) * 2**20 / x.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is not known")
+def test_an_evaluation_needs_little_more_than_one_copy_of_the_vectors():
+    """It needed six: 6 GB for a million vectors of 256 numbers."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", EVALUATE], text=True, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4.5  # with 80 MB that do not grow with their number
 
 
 def test_paths_are_used_like_a_list():
