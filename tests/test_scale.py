@@ -21,6 +21,7 @@ import starter
 from audiomaepp.batches import ClipLoader
 from audiomaepp.config import Config
 from audiomaepp.data import Recordings, open_recordings, split
+from audiomaepp.store import EmbeddingStore
 from audiomaepp.synthetic import generated
 
 
@@ -123,6 +124,17 @@ def test_an_evaluation_needs_little_more_than_one_copy_of_the_vectors():
     done = subprocess.run([sys.executable, "-c", EVALUATE], text=True, capture_output=True, env=env)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 4.5  # with 80 MB that do not grow with their number
+
+
+def test_few_embeddings_wait_in_memory_for_the_next_part(tmp_path):
+    """A fast machine embeds 300,000 recordings in the minute between two parts: a gigabyte."""
+    store = EmbeddingStore(tmp_path / "x.parquet", {"model": "m"}, {})
+    facts = dict(start=0.0, end=1.0, size=1, modified=1)
+    for i in range(10_000):
+        store.add([dict(path=f"{i}.wav", embedding=np.zeros(2, np.float32), **facts)])
+        assert len(store.rows) < 9000
+    store.close()
+    assert len(store.done) == 10_000
 
 
 def test_paths_are_used_like_a_list():
