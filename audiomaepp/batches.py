@@ -10,8 +10,7 @@ import itertools
 import math
 import os
 import signal
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,18 +64,15 @@ def _plan(
     epoch: int, # number of the epoch
     balanced: bool, # whether the clips of a class come in pairs
     shards: np.ndarray | None = None, # (n,) number of the shard of each row
-) -> list[list[tuple[int, int, int]]]: # batches of (epoch, row, how often it came before)
+) -> np.ndarray: # (batches, clips, 3) int64: epoch, row, how often it came before
     "Return the batches of one epoch of training, as keys."
     rng = np.random.default_rng([0, seed, epoch])
     balanced = balanced and batch_size > 1
     order = _in_pairs(labels, rng) if balanced else _shuffled(len(labels), rng, shards)
     size = batch_size // 2 * 2 if balanced else batch_size # pairs need an even size
-    before, keys = defaultdict(int), []
-    for row in order.tolist():
-        keys.append((epoch, row, before[row]))
-        before[row] += 1
-    batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < size else batches
+    keys = np.stack([np.full_like(order, epoch), order, np.ones_like(order)], axis=1)
+    keys[np.unique(order, return_index=True)[1], 2] = 0 # a row comes twice at most
+    return keys[: len(keys) // size * size or None].reshape(-1, min(size, len(keys)), 3)
 
 # %% ../nbs/14_batches.ipynb #9ce770e4
 class _Schedule:
@@ -88,11 +84,11 @@ class _Schedule:
         self.epoch, self.start, self.rank, self.world_size = 0, 0, 0, 1
         self._length = len(self.batches(0))
 
-    def batches(self, epoch: int) -> list[list[tuple[int, int, int]]]:
+    def batches(self, epoch: int) -> Sequence[np.ndarray]: # (clips, 3) int64 each
         "Return all batches of an epoch, as keys (epoch, row, how often the row came before)."
         size, n = self.batch_size, len(self.labels)
         if not self.train:
-            return [[(0, row, 0) for row in range(i, min(i + size, n))] for i in range(0, n, size)]
+            return np.split(np.arange(n)[:, None] * [0, 1, 0], range(size, n, size))
         return _plan(self.labels, size, self.seed, epoch, self.balanced, self.shards)
 
     def select(self, epoch: int, start: int, rank: int, world_size: int):
@@ -108,7 +104,8 @@ class _Schedule:
 
     def __iter__(self):
         even = self._length // self.world_size * self.world_size # the same number for every process
-        return iter(self.batches(self.epoch)[self.start : even][self.rank :: self.world_size])
+        chosen = self.batches(self.epoch)[self.start : even][self.rank :: self.world_size]
+        return (list(map(tuple, batch.tolist())) for batch in chosen)
 
 # %% ../nbs/14_batches.ipynb #14c0de01
 class _Waves:

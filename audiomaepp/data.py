@@ -100,12 +100,12 @@ class Recordings:
         skipped: list = (), # (path, reason) of each recording that was left out
         source: str = "", # name of the data set
     ):
-        self.paths = paths_of(table)
-        self.table = _with_paths(table.reset_index(drop=True), self.paths)
-        if "label" not in self.table:
-            self.table["label"] = None
-        labels = self.table["label"].map(_text).astype(object)
-        self.table["label"] = labels.where(labels.notna(), None)  # pandas turns None into NaN
+        import pandas as pd
+
+        self.table = _with_paths(table.reset_index(drop=True), paths_of(table))
+        self.paths, shared = paths_of(self.table), {} # one object for each class, not for each recording
+        labels = map(_text, self.table["label"]) if "label" in table else [None] * len(table)
+        self.table["label"] = pd.Series([shared.setdefault(label, label) for label in labels], dtype=object)
         self.sample_rate, self.source, self.skipped = sample_rate, source, Skipped(skipped)
         self.classes = sorted(self.table["label"].dropna().unique(), key=_natural) if classes is None else list(classes)
         self.waves = [None] * len(self.table) if waves is None else list(waves)
@@ -404,14 +404,15 @@ def _folder_table(paths: list[str]):
     "Return a table with path and label, and with split if the sub-folders are a split."
     import pandas as pd
 
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    parts = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
-    table = _with_paths(pd.DataFrame(index=range(len(paths))), paths)
-    top = {p[0].lower() if p else "" for p in parts}
+    root = os.path.commonpath(folders := {os.path.dirname(path) for path in paths})
+    parts = {folder: os.path.relpath(os.path.join(folder, "x"), root).split(os.sep)[:-1] for folder in folders}
+    table, columns = _with_paths(pd.DataFrame(index=range(len(paths))), paths), {}
+    top = {p[0].lower() if p else "" for p in parts.values()}
     if len(top) > 1 and top <= {*_TRAIN_NAMES, *_TEST_NAMES}:
-        table["split"] = [p[0].lower() for p in parts]
-        parts = [p[1:] for p in parts]
-    table["label"] = [printable(p[0]) if p else None for p in parts]
+        columns["split"] = {folder: p.pop(0).lower() for folder, p in parts.items()}
+    columns["label"] = {folder: printable(p[0]) if p else None for folder, p in parts.items()}
+    for name, of in columns.items():
+        table[name] = [of[os.path.dirname(path)] for path in paths]
     return table
 
 # %% ../nbs/12_data.ipynb #a5120011
@@ -427,6 +428,8 @@ def check_columns(
 
     for name in [name for name in (*_AS_TEXT, "fold") if name in table]:
         wrong = list | dict if name in ("path", "filename") else bytes | list | dict  # a name may be bytes
+        if table[name].dtype != object: # it holds numbers or texts, perhaps millions
+            continue
         bad = table[name].map(lambda value, wrong=wrong: isinstance(value, wrong) or np.ndim(value) > 0)
         if bad.any():
             raise ValueError(f"{path} must hold text or numbers in the column {name}, got "
@@ -544,7 +547,7 @@ def _table_of(path: Path, extensions: frozenset[str], labeled: bool = False):
         raise NoRecordings(f"{path} contains no audio file{broken}; use a folder with files that end in "
                            f"{' '.join(sorted(extensions))}", Skipped(skipped))
     table = _with_lists(_folder_table(paths), paths, path)
-    only = os.path.commonpath([os.path.dirname(p) for p in paths])
+    only = os.path.commonpath({os.path.dirname(p) for p in paths})
     if not labeled and table["label"].isna().all() and only != str(path.absolute()):
         warnings.warn(f"all recordings of {path} are in one folder, {os.path.relpath(only, path)}, so they have no "
                       "labels; for labels, put each class into a folder of its own", stacklevel=3)
@@ -717,8 +720,9 @@ def split(
     train, test, words = _choose(recordings, fold, held_out, group, fraction, seed)
     kept = ~np.isin(np.arange(len(recordings)), _row_numbers(recordings, left_out))
     train, test = train & kept, test & kept
-    files = np.array([os.path.realpath(path) for path in recordings.paths])
-    twice = train & np.isin(files, files[test])
+    held = {os.path.realpath(recordings.paths[i]) for i in np.flatnonzero(test)}
+    pairs = zip(train, recordings.paths, strict=True)
+    twice = np.array([free and os.path.realpath(path) in held for free, path in pairs])
     train = train & ~twice
     if not train.any() or not test.any():
         raise ValueError(f"both parts must have clips, got {train.sum()} to train on and {test.sum()} to test on "

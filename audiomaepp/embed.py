@@ -35,11 +35,11 @@ from .pooling import fit_whitening, frame_embeddings
 from audiomaepp.store import (
     ADDED,
     EmbeddingStore,
+    States,
     check_notes,
     folder_of_part,
     folders_of_parts,
     part_of,
-    recording_state,
     row_states,
     width_of,
 )
@@ -377,7 +377,7 @@ def folder_rows(
     stream: EmbeddingStream,
     recordings: Recordings,
     todo: list[int], # numbers of the recordings to embed
-    states: dict[str, tuple[int, int]], # path → state
+    states: Mapping[str, tuple[int, int]], # path → state
     skipped: list[tuple[str, str]], # receives (path, reason) of each recording that fails
     workers: int | None = None, # threads that decode
     quiet: bool = True, # whether the progress bar is hidden
@@ -428,12 +428,11 @@ def embed_table(
         raise ValueError(f"recordings must have no column {clash[0]!r}, which is added here; rename the column")
     if out is None and not vectors:
         raise ValueError("embeddings that are not returned need a file, got out=None and vectors=False; use out")
-    states = {p: recording_state(p, wave) for p, wave in zip(recordings.paths, recordings.waves, strict=True)}
+    states = States(recordings.paths, recordings.waves)
     skipped = Skipped(recordings.skipped)
 
     def rows(done: Collection[str], stop=None) -> Iterator[list[dict]]:
-        first = {path: i for i, path in reversed(list(enumerate(recordings.paths)))}
-        todo = sorted(i for path, i in first.items() if path not in done)
+        todo = [i for path, i in states.rows.items() if path not in done]
         return folder_rows(stream, recordings, todo, states, skipped, stop=stop, **how)
 
     new = 0

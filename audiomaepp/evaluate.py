@@ -23,6 +23,9 @@ from .losses import alignment, rankme, uniformity_loss
 from .tables import escape, html_table, text_table
 
 # %% ../nbs/21_evaluate.ipynb #009f647c
+_BLOCK = 4096  # rows that are worked on at a time: copies of all rows of a large set would need much memory
+
+
 def _matrix(
     x, # (n, D) array, tensor or list
     name: str, # name of the argument, for the error message
@@ -32,7 +35,7 @@ def _matrix(
     if x.ndim != 2 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (clips, dimensions) with at least one of each, "
                          f"got {tuple(x.shape)}; use one row for each clip")
-    bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+    bad = torch.cat([~some.isfinite().all(1) for some in x.split(_BLOCK)]).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"{name} must hold finite numbers, got NaN or infinity in {len(bad)} of {len(x)} rows "
                          f"(first: row {bad[0]}); leave these clips out, or find where training diverged")
@@ -71,15 +74,12 @@ def _labeled(
     return (x, y) if known.all() else (x[torch.from_numpy(known)], y[known])  # a million rows are not copied
 
 # %% ../nbs/21_evaluate.ipynb #4d5573e6
-BLOCK = 16384  # rows that are in float64 at a time: all rows of a large set would need twice the memory of the set
-
-
 def _scaling(
     x: torch.Tensor, # (n, D) embeddings
 ) -> tuple[torch.Tensor, torch.Tensor]: # (D,) mean and (D,) factor, float64
     "Return what standardizes embeddings. In float64, because float32 sums lose small differences of large values."
-    mean = sum(some.double().sum(0) for some in x.split(BLOCK)) / len(x)
-    std = (sum((some.double() - mean).square().sum(0) for some in x.split(BLOCK)) / len(x)).sqrt()
+    mean = sum(some.double().sum(0) for some in x.split(_BLOCK)) / len(x)
+    std = (sum((some.double() - mean).square_().sum(0) for some in x.split(_BLOCK)) / len(x)).sqrt()
     return mean, torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0.0)
 
 
@@ -87,11 +87,13 @@ def _scaled(
     x: torch.Tensor, # (m, D) embeddings
     mean: torch.Tensor, # (D,)
     scale: torch.Tensor, # (D,)
+    order: torch.Tensor | None = None, # (m,) row numbers, for another order of the rows
 ) -> torch.Tensor: # (m, D) float32
     "Return standardized embeddings."
     out = torch.empty_like(x, dtype=torch.float32)
-    for some, into in zip(x.split(BLOCK), out.split(BLOCK), strict=True):
-        into.copy_((some.double() - mean) * scale)
+    for k, into in enumerate(out.split(_BLOCK)):
+        rows = slice(k * _BLOCK, (k + 1) * _BLOCK) if order is None else order[k * _BLOCK : (k + 1) * _BLOCK]
+        into.copy_((x[rows].double() - mean).mul_(scale))
     return out
 
 
@@ -135,7 +137,7 @@ def nearest_rows(
     test_x, # (m, D) embeddings of other clips
     k: int = 10, # number of neighbors; all training clips if it is larger than their number
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
-    chunk: int | None = None, # number of other clips that are compared at a time; as many as 64 MB hold if None
+    chunk: int | None = None, # number of other clips that are compared at a time; by default what 16 MB hold, or 16
 ) -> torch.Tensor:
     "Return (m, k) row numbers of the training clips nearest (cosine) to each other clip, nearest first."
     if k < 1:
@@ -144,8 +146,11 @@ def nearest_rows(
     if standardized:
         train_x, test_x = map(torch.from_numpy, standardize(train_x, test_x))
     keys = F.normalize(train_x, dim=1, out=train_x if standardized else None)  # a copy of its own may be changed
-    k, chunk = min(k, len(keys)), chunk or max(1, min(1024, 2**24 // len(keys)))  # 4 bytes each
-    return torch.cat([(F.normalize(x, dim=1) @ keys.T).topk(k).indices for x in test_x.split(chunk)])
+    k, chunk = min(k, len(keys)), chunk or max(16, min(1024, 2**22 // len(keys)))  # 4 bytes each
+    nearest, similar = torch.empty(len(test_x), k, dtype=torch.int64), torch.empty(min(chunk, len(test_x)), len(keys))
+    for x, into in zip(test_x.split(chunk), nearest.split(chunk), strict=True):
+        into.copy_(torch.mm(F.normalize(x, dim=1), keys.T, out=similar[: len(x)]).topk(k).indices)
+    return nearest
 
 # %% ../nbs/21_evaluate.ipynb #21e00002
 def knn_predict(
@@ -154,7 +159,7 @@ def knn_predict(
     test_x, # (m, D) embeddings of the clips to classify
     k: int = 10, # neighbors that vote; all training clips if it is larger than their number
     standardized: bool = True, # whether both sides are first scaled with the training clips' mean and deviation
-    chunk: int | None = None, # number of held-out clips that are compared at a time; as many as 64 MB hold if None
+    chunk: int | None = None, # number of held-out clips that are compared at a time; by default what 16 MB hold, or 16
 ) -> np.ndarray:
     "Return the (m,) labels that the `k` nearest training clips (cosine) give to the held-out clips."
     train_x, train_y = _labeled(train_x, train_y, "train")
@@ -208,7 +213,7 @@ def _fit_softmax(
     tolerance: float = 1e-5, # largest gradient at which the fit ends
 ) -> torch.Tensor:
     "Return the (D + 1, C) weights of a softmax regression; the last row is the bias, which has no penalty."
-    weight, x = start.clone().requires_grad_(), x.double() if len(x) <= BLOCK else x
+    weight, x = start.clone().requires_grad_(), x.double() if len(x) <= _BLOCK else x
     optimizer = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=tolerance, tolerance_change=1e-12,
                                   history_size=10, line_search_fn="strong_wolfe")
 
@@ -216,7 +221,7 @@ def _fit_softmax(
         optimizer.zero_grad()
         parts = [l2 / 2 * weight[:-1].square().sum()]
         parts[0].backward()
-        for some, of in zip(x.split(BLOCK), codes.split(BLOCK), strict=True):
+        for some, of in zip(x.split(_BLOCK), codes.split(_BLOCK), strict=True):
             logits = torch.addmm(weight[-1], some.double(), weight[:-1])
             parts.append(F.cross_entropy(logits, of, reduction="sum") / len(x))
             parts[-1].backward()
@@ -232,21 +237,20 @@ def _logits(
     weight: torch.Tensor, # (D + 1, C) float64; the last row is the bias
 ) -> torch.Tensor: # (m, C) float64
     "Return unnormalized log-probabilities."
-    return torch.cat([some.double() @ weight[:-1] + weight[-1] for some in x.split(BLOCK)])
+    return torch.cat([some.double() @ weight[:-1] + weight[-1] for some in x.split(_BLOCK)])
 
 
 def _choose_penalty(
     x: torch.Tensor, # (n, D), standardized
     codes: torch.Tensor, # (n,) classes 0 .. C-1
-    aside: torch.Tensor, # (n,) True for the clips to choose on
+    last: int, # number of clips to fit on; the penalty is chosen on the others
     start: torch.Tensor, # (D + 1, C) initial weights of the first fit
 ) -> tuple[dict[float, float], torch.Tensor]:
     "Return the cross-entropy on the clips kept aside for each penalty tried, and the weights of the best."
     tried, weight, best = {}, start, start
-    fitted, kept = x[~aside], x[aside]
     for l2 in (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        weight = _fit_softmax(fitted, codes[~aside], l2, weight, tolerance=1e-4)
-        tried[l2] = float(F.cross_entropy(_logits(kept, weight), codes[aside]))
+        weight = _fit_softmax(x[:last], codes[:last], l2, weight, tolerance=1e-4)
+        tried[l2] = float(F.cross_entropy(_logits(x[last:], weight), codes[last:]))
         if tried[l2] > min(tried.values()):
             break
         best = weight
@@ -292,13 +296,15 @@ def fit_probe(
         raise ValueError(f"l2 must be above 0, got {l2}; use 0.01, or None to choose it on the training clips")
     names, codes = np.unique(y, return_inverse=True)
     scaling, codes = _scaling(raw), torch.from_numpy(codes)
-    x = _scaled(raw, *scaling)
+    aside = _inner_split(codes, seed=seed)
+    order = aside.int().argsort(stable=True)  # the clips kept aside come last: parts of one array, not copies
+    x, codes = _scaled(raw, *scaling, order), codes[order]
     span = torch.linalg.qr(x.double().T).Q if x.shape[1] > len(x) else None
     x = x if span is None else x.double() @ span
     start = torch.zeros(x.shape[1] + 1, len(names), dtype=torch.float64)
-    aside, tried, weight = _inner_split(codes, seed=seed), {}, start
-    if l2 is None and aside.any() and len(names) > 1:
-        tried, weight = _choose_penalty(x, codes, aside, weight)
+    tried, weight, last = {}, start, len(x) - int(aside.sum())
+    if l2 is None and last < len(x) and len(names) > 1:
+        tried, weight = _choose_penalty(x, codes, last, weight)
     l2 = l2 or min(tried, key=tried.get, default=1e-2) # the default: too few clips to keep any aside
     weight = _fit_softmax(x, codes, l2, weight)
     weight = weight if span is None else torch.cat([span @ weight[:-1], weight[-1:]])

@@ -33,6 +33,8 @@ def printable(
     name: str, # file name or path
 ) -> str: # valid UTF-8
     "Return a name that can be shown and stored: bytes that are not UTF-8 become `\\xNN`."
+    if name.isascii():
+        return name
     text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", name)
     return text.encode("utf-8", "backslashreplace").decode()
 

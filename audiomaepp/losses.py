@@ -67,10 +67,18 @@ def reconstruction_loss(
 # %% ../nbs/01_losses.ipynb #3c9b6fea
 def squared_distances(
     z: torch.Tensor, # (N, D) rows of length 1, or 0
-) -> torch.Tensor: # (N, N), from 0 (same direction) to 4 (opposite)
+    some: slice = slice(None), # rows that are compared with all
+) -> torch.Tensor: # (n, N), from 0 (same direction) to 4 (opposite)
     "Return the squared distance between each pair of unit vectors; a row of zeros is at the origin."
     square = z.any(dim=1).to(z.dtype)  # squared length: 1, or 0 where a row has no direction
-    return (square[:, None] + square - 2 * z @ z.T).clamp_min(0)
+    return (square[some, None] + square - 2 * z[some] @ z.T).clamp_min(0)
+
+
+def _blocks(
+    n: int, # number of rows
+) -> list[slice]:
+    "Return the rows in parts: all pairs of thousands of rows at a time would need hundreds of megabytes."
+    return [slice(first, first + 1024) for first in range(0, max(1, n), 1024)]
 
 # %% ../nbs/01_losses.ipynb #fb565459
 @full_precision
@@ -88,8 +96,9 @@ def uniformity_loss(
     if n < 2:
         return embeddings[:0].sum()  # an empty sum: zero and differentiable, even where the row is not finite
     diagonal = torch.eye(n, dtype=torch.bool, device=z.device)
-    potential = (-t * squared_distances(z)).masked_fill(diagonal, -torch.inf)
-    return potential.flatten().logsumexp(0) - math.log(n * (n - 1))
+    parts = [(-t * squared_distances(z, some)).masked_fill(diagonal[some], -torch.inf) for some in _blocks(n)]
+    parts = [part.flatten().logsumexp(0) for part in parts]
+    return torch.stack(parts).logsumexp(0) - math.log(n * (n - 1))
 
 # %% ../nbs/01_losses.ipynb #1bc26fc6
 @full_precision
@@ -167,7 +176,8 @@ def alignment(
     Source: Wang & Isola 2020 (arXiv 2005.10242), L_align with alpha = 2.
     """
     z = l2_normalize(embeddings)
-    return squared_distances(z)[positive_pairs(torch.as_tensor(labels, device=z.device))].mean()
+    pairs = positive_pairs(torch.as_tensor(labels, device=z.device))
+    return torch.cat([squared_distances(z, some)[pairs[some]] for some in _blocks(len(z))]).mean()
 
 # %% ../nbs/01_losses.ipynb #8e78a648
 @full_precision

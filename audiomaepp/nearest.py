@@ -47,9 +47,9 @@ def directions(
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _step(width: int) -> int:
-    "Return the number of rows of a block, for rows of `width` float32 numbers."
-    return max(1, BLOCK // (4 * width))
+def _step(width: int, parts: int = 1) -> int:
+    "Return the number of rows of a block, or of a part of one, for rows of `width` float32 numbers."
+    return max(1, BLOCK // (4 * width * parts))
 
 
 def _scaling(scaler) -> tuple[np.ndarray, np.ndarray]: # (D,) mean, (D,) scale
@@ -65,7 +65,7 @@ def make_keys(
     "Return the keys of embeddings in memory."
     from sklearn.preprocessing import StandardScaler
 
-    scaler, vectors, step = StandardScaler(), np.empty_like(x) if out is None else out, _step(x.shape[1])
+    scaler, vectors, step = StandardScaler(), np.empty_like(x) if out is None else out, _step(x.shape[1], parts=8)
     for first in range(0, len(x), step):
         scaler.partial_fit(x[first : first + step])
     mean, scale = _scaling(scaler)
@@ -187,9 +187,10 @@ def write_keys(
         if end != start + 4 * n * width:
             raise damaged(path.parent, f"keys of {n} rows", f"{end - start} bytes")
         mean, scale = _scaling(scaler)
-        for place in range(start, end, 4 * width * _step(width)):
+        size = 4 * width * _step(width, parts=8)  # a block is copied in float64, several times
+        for place in range(start, end, size):
             file.seek(place)
-            block = np.frombuffer(file.read(min(4 * width * _step(width), end - place)), "<f4").reshape(-1, width)
+            block = np.frombuffer(file.read(min(size, end - place)), "<f4").reshape(-1, width)
             file.seek(place)
             file.write(directions(block, mean, scale))
     return mean, scale

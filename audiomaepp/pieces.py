@@ -42,10 +42,12 @@ def shard_numbers(
     "Return which tar file each recording is in, as a number."
     import numpy as np
 
-    pieces = [piece_of(path) for path in paths] if paths and piece_of(paths[0]) else [None]
-    if None in pieces:
-        return None
-    return np.unique([piece.tar for piece in pieces], return_inverse=True)[1]
+    numbers, seen = np.empty(len(paths), np.int64), {}
+    for i, path in enumerate(paths):
+        if (piece := piece_of(path)) is None:
+            return None
+        numbers[i] = seen.setdefault(piece.tar, len(seen))
+    return np.argsort(np.argsort(list(seen)))[numbers] if seen else None
 
 
 def is_address(

@@ -336,7 +336,8 @@ def _manifest(place: str): # DataFrame with whole paths
     path = f"{place.rstrip('/')}/manifest.parquet"
     with naming(path, "a manifest of audiomaepp shard"), open_file(path) as file:
         table = pd.read_parquet(file)
-        table["path"] = [f"{place.rstrip('/')}/{name}" for name in table["path"]]
+        names = table["path"] if printable(place) == place else table["path"].astype(object)
+        table["path"] = place.rstrip("/") + "/" + names
     return check_columns(table, path)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,6 +80,26 @@ def recording_state(
         return file_state(path)
     except OSError:
         return -1, -1
+
+
+class States(Mapping):
+    "The state of each recording by its path, in one array: two numbers of Python need four times the memory."
+
+    def __init__(
+        self,
+        paths: Sequence[str], # paths of the recordings; one may occur twice
+        waves: Sequence[Tensor | None], # see `recording_state`
+    ):
+        self.rows, self.numbers = {}, np.empty((len(paths), 2), np.int64)  # path → its first row; (n, 2)
+        for i, (path, wave) in enumerate(zip(paths, waves, strict=True)):
+            if self.rows.setdefault(path, i) == i:
+                self.numbers[i] = recording_state(path, wave)
+
+    def __len__(self): return len(self.rows)
+
+    def __iter__(self): return iter(self.rows)
+
+    def __getitem__(self, path): return tuple(self.numbers[self.rows[path]].tolist())
 
 # %% ../nbs/store.ipynb #57a00008
 ADDED = ("start", "end", "size", "modified", "embedding")  # columns that are added to those of the recordings
@@ -209,9 +229,10 @@ def merge_parts(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    plain, places = storable(table), {}
+    plain, first, others = storable(table), {}, {}  # path → its first row, and further ones, which few paths have
     for number, path in enumerate(paths_of(table)):
-        places.setdefault(path, []).append(number)
+        if first.setdefault(path, number) != number:
+            others.setdefault(path, []).append(number)
     columns = pa.Schema.from_pandas(plain, preserve_index=False)
     added = pa.schema([field for field in part_schema() if field.name in ADDED])
     schema = pa.schema([*columns, *added], _metadata(notes))
@@ -223,7 +244,7 @@ def merge_parts(
                 for i, (path, start) in enumerate(zip(_names(batch), batch["start"].to_pylist(), strict=True)):
                     if newest.get(path) == number and (path, start) not in seen:
                         seen.add((path, start))
-                        pairs += [(i, row) for row in places[path]]
+                        pairs += [(i, row) for row in (first[path], *others.get(path, ()))]
                 found = pa.Table.from_batches([batch]).select(list(ADDED)).cast(added)
                 found = found.take([i for i, _ in pairs]) if pairs else found.slice(0, 0)
                 own = pa.Table.from_pandas(plain.iloc[[row for _, row in pairs]], columns, preserve_index=False)
@@ -314,9 +335,9 @@ class EmbeddingStore:
         self,
         rows: list[dict], # path and the columns of `ADDED`, for each row of one recording
     ):
-        "Add all rows of a recording; write a part when `save_seconds` have passed."
+        "Add all rows of a recording; write a part when `save_seconds` have passed, or when many rows are in memory."
         self.rows += rows
-        if time.monotonic() - self.saved > self.save_seconds:
+        if time.monotonic() - self.saved > self.save_seconds or len(self.rows) >= 8192:
             self.close()
 
     def close(self):

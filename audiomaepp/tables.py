@@ -9,7 +9,9 @@ __all__ = []
 import html
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
+from operator import eq
 from typing import Any
 
 from .files import printable
@@ -59,24 +61,68 @@ def _text(value) -> str | None:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 # %% ../nbs/tables.ipynb #5ae1da02
+class _Paths(Sequence):
+    "Paths of files, made from the column of a table when they are asked for."
+
+    def __init__(self, column, odd: dict[int, str]): # pandas array of valid UTF-8; row → path that is not
+        import pyarrow as pa
+
+        self.column, self.odd, names = column, odd, pa.array(column)
+        self._names = names if isinstance(names, pa.ChunkedArray) else pa.chunked_array([names])
+        self._names.validate(full=True) # a damaged file may hold text that is not UTF-8
+
+    def __len__(self): return len(self.column)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        return self.odd.get(i if i >= 0 else len(self) + i) or self._names[i].as_py()
+
+    def __iter__(self):
+        for first in range(0, len(self), 4096): # all paths at a time would need the memory of a list
+            names = self._names.slice(first, 4096).to_pylist()
+            yield from (self.odd.get(i, name) for i, name in enumerate(names, first)) if self.odd else names
+
+    def __add__(self, others): return [*self, *others]
+
+    def __eq__(self, other):
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(map(eq, self, other))
+
+    def __repr__(self): return repr([*self])
+
+    def __reduce__(self): return _Paths, (self.column, self.odd) # pickled once with the table that has the column
+
+# %% ../nbs/tables.ipynb #bddd1cfb
 def paths_of(
     table, # DataFrame with a column path, and perhaps path_bytes
-) -> list[str]: # paths that `open` accepts
+) -> Sequence[str]: # paths that `open` accepts
     "Return the paths of a table's files, also those that are not UTF-8."
-    paths = [os.fsdecode(path) if isinstance(path, bytes) else _text(path) or "" for path in table["path"]]
-    raw = table["path_bytes"] if "path_bytes" in table else [None] * len(paths)
-    return [os.fsdecode(r) if isinstance(r, bytes) else path for path, r in zip(paths, raw, strict=True)]
+    import pandas as pd
+
+    column, odd = table["path"], {}
+    if column.hasnans or getattr(column.dtype, "storage", "") != "pyarrow":
+        paths = [os.fsdecode(path) if isinstance(path, bytes) else _text(path) or "" for path in column]
+        names = [printable(path) for path in paths]
+        odd = {i: path for i, (path, name) in enumerate(zip(paths, names, strict=True)) if path != name}
+        column = pd.Series(names, dtype=str)
+    if "path_bytes" in table:
+        odd |= {i: os.fsdecode(raw) for i, raw in enumerate(table["path_bytes"]) if isinstance(raw, bytes)}
+    return _Paths(column.array, odd)
 
 
 def _with_paths(
     table, # DataFrame with a row for each file
-    paths: list[str], # paths of the files
+    paths: Sequence[str], # paths of the files
 ): # DataFrame
     "Return the table with the columns `path` and, if one of the paths is not UTF-8, `path_bytes`."
-    names = [printable(path) for path in paths]
-    table = table.drop(columns="path_bytes", errors="ignore").assign(path=names)
-    if names != paths:
-        table["path_bytes"] = [None if p == name else os.fsencode(p) for p, name in zip(paths, names, strict=True)]
+    import pandas as pd
+
+    paths = paths if isinstance(paths, _Paths) else paths_of(pd.DataFrame({"path": pd.Series(paths, dtype=object)}))
+    table = table.drop(columns="path_bytes", errors="ignore").assign(path=paths.column)
+    if paths.odd:
+        table["path_bytes"] = [os.fsencode(paths.odd[i]) if i in paths.odd else None for i in range(len(paths))]
     return table
 
 # %% ../nbs/tables.ipynb #7e3a0c02

@@ -101,7 +101,7 @@ def test_similarities_to_many_clips_fit_into_a_budget():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.mm.default:
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
                 self.numbers = max(self.numbers, out.numel())
             return out
 
@@ -109,7 +109,7 @@ def test_similarities_to_many_clips_fit_into_a_budget():
     train_x, test_x = (rng.standard_normal((n, 2), dtype=np.float32) for n in (200_000, 700))
     with Largest() as largest:
         knn_predict(train_x, np.arange(200_000) % 3, test_x, k=1)
-    assert 2**23 < largest.numbers <= 2**24
+    assert 2**21 < largest.numbers <= 2**22
 
 
 def test_shuffled_labels_score_at_chance():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -322,6 +323,18 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     assert len(lines) == 2
     for size, arrays, arrow in lines:
         assert size > 150 and arrays < 90 and 5 < arrow < 70, lines
+
+
+def test_keys_are_made_in_little_memory():
+    """The first search in a table would take 100 MB beside its vectors."""
+    x = np.random.default_rng(0).standard_normal((70_000, 64), dtype=np.float32)
+    make_keys(x[:9].copy())
+    tracemalloc.start()
+    try:
+        make_keys(x, x)
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally:
+        tracemalloc.stop()
 
 
 # ---- cells

@@ -407,7 +407,7 @@ def test_an_epoch_has_each_clip_once_and_reads_few_shards_at_a_time():
     assert np.array_equal(np.sort(order), np.arange(50_000))
     assert max(len(set(numbers[order[i : i + 1000]])) for i in range(0, 50_000, 1000)) <= 11
     keys = [_plan(np.full(50_000, -1), 64, 0, epoch, False, numbers) for epoch in (0, 0, 1)]
-    assert keys[0] == keys[1] != keys[2]
+    assert np.array_equal(keys[0], keys[1]) and not np.array_equal(keys[0], keys[2])
     few = _shuffled(5000, np.random.default_rng(0), numbers[:5000])
     assert np.array_equal(few, np.random.default_rng(0).permutation(5000))
 
