@@ -185,9 +185,9 @@ def write_parts(
             save(tensors, storage_writer=_storage(folder), process_group=group)
             break
         except CheckpointException as failed:  # in all processes
-            error, _ = failed.failures[min(failed.failures)]
-            full = getattr(error, "errno", None) in _FULL
-            if again or not full:
+            errors = [failed.failures[rank][0] for rank in sorted(failed.failures)]
+            if again or not all(getattr(error, "errno", None) in _FULL for error in errors):
+                error = errors[0]
                 raise _cannot_write(folder, error if isinstance(error, OSError) else OSError(0, str(error))) from error
             if group.rank() == 0:  # the others write when it has made its plan
                 make_room()
