@@ -101,6 +101,7 @@ def slow(path, tensors, said):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     checkpoints.write_checkpoint = slow
     Trainer(SMALL.replace(epochs=1), out_dir=sys.argv[1], quiet=True).fit(BATCHES)
 """
