@@ -85,6 +85,8 @@ class _Paths(Sequence):
 
     def __add__(self, others): return [*self, *others]
 
+    def __radd__(self, others): return [*others, *self]
+
     def __eq__(self, other):
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented

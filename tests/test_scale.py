@@ -146,7 +146,7 @@ def test_paths_are_used_like_a_list():
         paths = sounds.paths
         assert paths == names == [*paths] and names == paths and paths != names[:2] and paths != "abc"
         assert paths[-2] == names[1] and paths[1:] == names[1:] and paths[np.int64(2)] == "b.wav"
-        assert names[1] in paths and paths.index("b.wav") == 2 and paths + paths == names * 2
+        assert names[1] in paths and paths.index("b.wav") == 2 and paths + paths == names + paths == names * 2
         assert [*sounds.table["path"]] == ["a.wav", r"caf\xe9.wav", "b.wav"]
         assert [*sounds.table["label"]] == ["x", None, "x"]
         assert sounds.select([2, 1]).paths == names[:0:-1]
