@@ -51,7 +51,7 @@ def training_tensors(
 
 
 def _random_state() -> dict[str, Tensor]:
-    "Return the state of the random numbers by name."
+    "Return the states of the random number generators by name."
     states = {"rng.cpu": torch.get_rng_state()}
     return states | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
@@ -114,15 +114,15 @@ def _put(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Op
                 # AdamW counts its steps on the CPU unless it is fused
                 on_cpu = key == "step" and not optimizer.defaults.get("fused")
                 value = value if key == "step" else _placed(value, p)
-                optimizer.state[p][key] = value.to("cpu" if on_cpu else p.device, copy=True)  # a copy frees the file
+                optimizer.state[p][key] = value.to("cpu" if on_cpu else p.device, copy=True)  # else a mapped file
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 def _with_random_state(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
-    "Return the tensors of a checkpoint; raise `ValueError` if they have no valid state of the random numbers."
-    with naming(path, "a checkpoint with a state of the random numbers"):
+    "Return the tensors of a checkpoint; raise `ValueError` if they have no valid state of the random number generator."
+    with naming(path, "a checkpoint with a state of the random number generator"):
         torch.Generator().set_state(tensors["rng.cpu"])
     return tensors
 
@@ -145,8 +145,8 @@ def need_parts():
         from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401
         from torch.distributed.checkpoint.staging import DefaultStager  # noqa: F401
     except ImportError:
-        raise ImportError("shard_model must have a version of torch that writes checkpoints in parts, got "
-                          f"{torch.__version__}; update torch, or train with shard_model=False") from None
+        raise ImportError("torch must be able to write checkpoints in parts for shard_model=True, got torch "
+                          f"{torch.__version__}; update torch, or use shard_model=False") from None
 
 
 def _storage(folder: str | os.PathLike, reader: bool = False):
@@ -171,10 +171,10 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_parts(
     folder: Path, # new folder
-    tensors: dict[str, Tensor], # copies on the CPU, parts of each process
-    group: "dist.ProcessGroup", # all processes, which must call this; gloo
+    tensors: dict[str, Tensor], # this process's parts, copied to the CPU
+    group: "dist.ProcessGroup", # gloo group of all processes; each of them must call this
     make_room: Callable[[], None] = lambda: None, # removes files from a full disk; the main process calls it
-) -> dict: # what a checkpoint says of its parts
+) -> dict: # name of the folder, and size of each file
     "Write the parts of all processes; on a full disk of one of them, make room and write again."
     from torch.distributed.checkpoint import CheckpointException, save
 
@@ -189,7 +189,7 @@ def write_parts(
             if again or not all(getattr(error, "errno", None) in _FULL for error in errors):
                 error = errors[0]
                 raise _cannot_write(folder, error if isinstance(error, OSError) else OSError(0, str(error))) from error
-            if group.rank() == 0:  # the others write when it has made its plan
+            if group.rank() == 0:  # the others wait in `save` for its plan
                 make_room()
     files = sorted(folder.glob("*.safetensors"))
     return dict(folder=folder.name, files={path.name: path.stat().st_size for path in files})
@@ -206,18 +206,17 @@ def parts_of(
     if folder.parent != Path(path).parent:
         raise damaged(name, "the name of a folder beside it", parts["folder"])
     for file, size in parts["files"].items():
-        found = (folder / file).stat().st_size if (folder / file).is_file() else None
-        if found != size:
-            what = "it is missing" if found is None else f"it has {found} bytes"
-            raise ValueError(f"{folder / file} must have the {size} bytes that {path} names, but {what}; use an "
-                             "undamaged copy of the folder")
+        found = f"{(folder / file).stat().st_size} bytes" if (folder / file).is_file() else "no file"
+        if found != f"{size} bytes":
+            raise ValueError(f"{folder / file} must have {size} bytes, as {path} states, got {found}; use an undamaged "
+                             "copy of the folder")
     return folder
 
 
 def read_parts(
     folder: Path, # folder of parts
     model: nn.Module, # model that will take the weights
-) -> dict[str, Tensor]: # as large as those of the model: parts if it is divided
+) -> dict[str, Tensor]: # tensors by name; this process's parts if the model is divided
     "Return weights and averages from parts; raise `ValueError` that names the folder if they do not fit the model."
     from torch.distributed.checkpoint import load
 
@@ -266,7 +265,7 @@ class _Background:
         self,
         job: Callable[[], None], # work of the thread
     ):
-        "Start a job when the one before has ended; raise its error."
+        "Wait for the previous job, raise its error if it failed, and start a new one."
         self.wait()
         self.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
         self.thread.start()
@@ -313,7 +312,7 @@ def _make_room(kept: "Checkpoints"):
 
 
 def _remove_unused(kept: "Checkpoints"):
-    "Remove the folders of parts that no checkpoint names, whatever its own name is."
+    "Remove the folders of parts that no checkpoint file in the folder names, whatever its own name is."
     folders, used = list(kept.folder.glob("checkpoint-*.parts")), set()
     for path in kept.folder.glob("*.safetensors") if folders else ():
         try:
@@ -329,7 +328,7 @@ def _remove_unused(kept: "Checkpoints"):
 def _replace(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable):
     "Write the newest checkpoint file; keep the previous one under another name, and remove the oldest."
     if kept.keep > 1 and kept.step is not None:
-        with suppress(OSError):  # the disk has no links
+        with suppress(OSError):  # the file system has no hard links: only the newest checkpoint is kept
             (earlier := kept.folder / f"checkpoint-{kept.step:08d}.safetensors").unlink(missing_ok=True)
             os.link(kept.newest, earlier)
     with_room(kept, partial(write_checkpoint, kept.newest, tensors, progress))
@@ -350,7 +349,7 @@ def _in_one(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, the
 def _in_parts(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable) -> Callable[[], None]:
     "Return the job that writes a checkpoint in parts: the parts of all processes, then the file that names them."
     if kept.group is None:
-        kept.group = dist.new_group(backend="gloo")  # the training goes on with the other group
+        kept.group = dist.new_group(backend="gloo")  # the training uses the default group at the same time
     group, random = kept.group, _random_state()
     said = [None] * group.size()
     dist.all_gather_object(said, (_finite_error(tensors, kept.newest), os.urandom(2).hex()), group=group)
@@ -419,7 +418,9 @@ class Checkpoints:
         "Return the JSON part of the newest checkpoint; an error names the earlier ones."
         try:
             parts_of(self.newest)
-            return read_progress(self.newest)
+            progress = read_progress(self.newest)
+            self.step = progress["step"]
+            return progress
         except ValueError as error:
             others = ", ".join(path.name for path in self.earlier())
             raise ValueError(f"{error}" + f"; to resume from an earlier one, rename it to {self.newest.name}: {others}"

@@ -139,8 +139,8 @@ def digests_of(
     paths: list[str], # of recordings
     states: list[tuple[int, int]], # their sizes (bytes) and modification times (ns)
     place: str, # absolute path of the set
-    kind: str, # what a digest is made of; a name
-    digest: Callable[[int], str], # computes the one of a row
+    kind: str, # name of the kind of digest, part of the file's name
+    digest: Callable[[int], str], # row number → its digest
 ) -> list[str]:
     "Return the digests of recordings; compute those that are not known, in threads."
     import pandas as pd
@@ -217,14 +217,14 @@ def remember(
     paths: list[str], # recordings that could not be used
     seconds: float = 10.0, # time after which no more recordings are checked
 ):
-    "Keep which of some recordings are damaged, and why."
+    "Check recordings that could not be used, and store which of them are damaged and why."
     import pandas as pd
 
     end = time.monotonic() + seconds
 
     def check(path: str) -> tuple[int, int, str]: # state before the check: of a file that changes meanwhile, too
         size, modified = state_of(path) if time.monotonic() < end else (-1, 0)
-        return size, modified, damage(path, end) if modified else "" # a piece at an address has no time
+        return size, modified, damage(path, end) if modified else "" # at an address there is none
 
     paths = sorted({*paths}.difference(path for path, _ in damaged_in(place))) if paths else []
     found = pd.DataFrame(list(in_threads(check, paths)), columns=list(_DAMAGED), index=list(map(os.fsencode, paths)))

@@ -292,7 +292,7 @@ class _Engine:
         return _Update(losses, clips, out.embeddings.detach(), norm, finite)
 
     def collect(self):
-        "Bring the whole copy of a sharded model up to date; all processes must call it."
+        "Bring the whole copy of a model in parts up to date; all processes must call it."
         if self.shards is not None:
             self.shards.collect()
 
@@ -423,7 +423,7 @@ class _State:
     best: float | None = None # score of the weights that are kept
     bad_steps: list[dict] = field(default_factory=list) # skipped steps: number and clips
     saved_step: int | None = None # step of the last save
-    engine: _Engine | None = None # engine with the parts of the model, if each process holds one and `model` is a copy
+    engine: _Engine | None = None # engine of the run; None: `model` is not a copy of a model in parts
 
     @property
     def parts(self) -> nn.Module | None:
@@ -687,7 +687,7 @@ class _Saver:
         self,
         state: _State, # state of the run
         folder: str | os.PathLike | None, # folder of the run; None: nothing is written
-        processes: _Processes, # processes of the run; the main one writes
+        processes: _Processes, # processes of the run
         minutes: float = 5.0, # longest time between two checkpoints
     ):
         self.state, self.folder, self.minutes = state, Path(folder) if folder is not None else None, minutes
@@ -731,7 +731,7 @@ class _Saver:
             with_room(self.checkpoints, partial(work, self.folder, *args))
 
     def save(self):
-        "Write the list of skipped clips; begin to write the checkpoint, and the history after it."
+        "Start to write the checkpoint and, after it, the history; write the list of skipped clips."
         state, rows, step = self.state, copy.deepcopy(self.state.history.rows), self.state.step
 
         def saved():
@@ -769,7 +769,7 @@ def _stop(
     else:
         saver.save_skipped()
     saver.wait()
-    saver.processes.highest(0)  # a process that ends has the others killed: none ends before the checkpoint is written
+    saver.processes.highest(0)  # torchrun kills the others when one process ends: all wait for the checkpoint
     if not signum:
         raise error
     saved = f"the checkpoint is in {folder}" if folder else "nothing was saved: out_dir is not set"

@@ -291,10 +291,10 @@ def test_incomplete_parts_are_named(divided, tmp_path):
     kept.close()
     (file,) = next(tmp_path.glob("checkpoint-00000002-*.parts")).iterdir()
     os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(ValueError, match=rf"{file.name} must have the \d+ bytes that .* names, but it has \d+ bytes"):
+    with pytest.raises(ValueError, match=rf"{file.name} must have \d+ bytes, as .* states, got \d+ bytes"):
         load_checkpoint(kept.newest, *divided)
     file.unlink()
-    with pytest.raises(ValueError, match="but it is missing; use an undamaged copy of the folder"):
+    with pytest.raises(ValueError, match="got no file; use an undamaged copy of the folder"):
         load_checkpoint(kept.newest, *divided)
-    with pytest.raises(ValueError, match=r"missing; .*; to resume from an earlier one, .*: checkpoint-00000001"):
+    with pytest.raises(ValueError, match=r"got no file; .*; to resume from an earlier one, .*: checkpoint-00000001"):
         kept.read()
