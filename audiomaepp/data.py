@@ -718,11 +718,12 @@ def split(
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}; use 0.2 to hold out a fifth")
     train, test, words = _choose(recordings, fold, held_out, group, fraction, seed)
-    kept = ~np.isin(np.arange(len(recordings)), _row_numbers(recordings, left_out))
+    kept = np.ones(len(recordings), dtype=bool)
+    kept[_row_numbers(recordings, left_out)] = False
     train, test = train & kept, test & kept
     held = {os.path.realpath(recordings.paths[i]) for i in np.flatnonzero(test)}
     pairs = zip(train, recordings.paths, strict=True)
-    twice = np.array([free and os.path.realpath(path) in held for free, path in pairs])
+    twice = np.array([free and os.path.realpath(path) in held for free, path in pairs], dtype=bool)
     train = train & ~twice
     if not train.any() or not test.any():
         raise ValueError(f"both parts must have clips, got {train.sum()} to train on and {test.sum()} to test on "

@@ -43,6 +43,7 @@ from audiomaepp.store import (
     row_states,
     width_of,
 )
+from .tables import is_list
 from .weights import cpu_state
 
 # %% ../nbs/20_embed.ipynb #15051724
@@ -651,7 +652,7 @@ class EmbeddingGenerator:
         pooling_mode: str | None = None, # one of `POOLING_MODES`; default: the config's
     ) -> np.ndarray: # (D,) for one recording, (n, D) for a list
         "Embed a recording, or each in a list; raise `AudioError` for a file that cannot be decoded."
-        clips, rate = audio if (many := isinstance(audio, list | tuple)) else [audio], self.cfg.sample_rate
+        clips, rate = audio if (many := is_list(audio)) else [audio], self.cfg.sample_rate
         x, _ = embed_each(self._stream(pooling_mode), (as_pieces(one, sample_rate, rate) for one in clips))
         return x if many else x[0]
 

@@ -147,7 +147,8 @@ def nearest_rows(
         train_x, test_x = map(torch.from_numpy, standardize(train_x, test_x))
     keys = F.normalize(train_x, dim=1, out=train_x if standardized else None)  # a copy of its own may be changed
     k, chunk = min(k, len(keys)), chunk or max(16, min(1024, 2**22 // len(keys)))  # 4 bytes each
-    nearest, similar = torch.empty(len(test_x), k, dtype=torch.int64), torch.empty(min(chunk, len(test_x)), len(keys))
+    nearest = torch.empty(len(test_x), k, dtype=torch.int64, device=keys.device)
+    similar = keys.new_empty(min(chunk, len(test_x)), len(keys))
     for x, into in zip(test_x.split(chunk), nearest.split(chunk), strict=True):
         into.copy_(torch.mm(F.normalize(x, dim=1), keys.T, out=similar[: len(x)]).topk(k).indices)
     return nearest

@@ -95,10 +95,14 @@ def uniformity_loss(
     n = len(z)
     if n < 2:
         return embeddings[:0].sum()  # an empty sum: zero and differentiable, even where the row is not finite
-    diagonal = torch.eye(n, dtype=torch.bool, device=z.device)
-    parts = [(-t * squared_distances(z, some)).masked_fill(diagonal[some], -torch.inf) for some in _blocks(n)]
-    parts = [part.flatten().logsumexp(0) for part in parts]
-    return torch.stack(parts).logsumexp(0) - math.log(n * (n - 1))
+    rows = torch.arange(n, device=z.device)
+
+    def potential(some: slice) -> torch.Tensor: # logarithm of a sum over the pairs of some rows
+        pairs = (-t * squared_distances(z, some)).masked_fill(rows[some, None] == rows, -torch.inf)
+        return pairs.flatten().logsumexp(0)
+
+    blocks = [slice(None)] if z.requires_grad else _blocks(n)  # the gradient needs all pairs anyway
+    return torch.stack([potential(some) for some in blocks]).logsumexp(0) - math.log(n * (n - 1))
 
 # %% ../nbs/01_losses.ipynb #1bc26fc6
 @full_precision

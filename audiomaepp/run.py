@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import STARTERS, Config
 from audiomaepp.files import (
-    Stopped,
     check_fields,
     claim,
     made_by,
@@ -50,7 +49,7 @@ from audiomaepp.source import (
     skipped_lines,
     trained_on,
 )
-from .tables import escape
+from .tables import escape, is_list
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,7 +169,7 @@ def _remembering(
     finally:
         if is_main() and not isinstance(ended, LoaderError):  # else the disk may hang
             remember(place, [path for path, _ in trainer.saver.listed if path not in opened])
-        if isinstance(ended, Stopped):  # a process that ends has the others killed
+        if ended is not None and trainer.saver.ends:  # all processes: torchrun kills the others when one has ended
             trainer.processes.highest(0)
 
 
@@ -863,7 +862,7 @@ def search_with_run(
     "Return the nearest clips to a sound; embed what is searched, if it is not embedded yet."
     from audiomaepp.search import SoundIndex
 
-    for clip in sound if isinstance(sound, list | tuple) else [sound]:
+    for clip in sound if is_list(sound) else [sound]:
         if isinstance(clip, str | os.PathLike) and not os.fspath(clip).startswith("synthetic/"):  # a built-in sound
             need_path(clip, "sound must be a file")
     generator, place = embedded(run, among, quiet)

@@ -19,7 +19,7 @@ from .embed import EmbeddingGenerator, fingerprint
 from .files import naming, parquet_schema, printable, read_parquet, shown
 from .nearest import EXACT, Keys, kept_keys, keys_in_memory, make_keys, nearest_rows, table_state
 from .store import stacked
-from .tables import escape, paths_of
+from .tables import escape, is_list, paths_of
 
 # %% ../nbs/22_search.ipynb #24aa0007
 def _player(
@@ -273,7 +273,7 @@ def _source(table) -> FrameRows | FileRows:
 
 def clips_of(query) -> list:
     "Return the clips of a query, also those of lists in a list."
-    return [clip for one in query for clip in clips_of(one)] if isinstance(query, list | tuple) else [query]
+    return [clip for one in query for clip in clips_of(one)] if is_list(query) else [query]
 
 
 def files_in(
@@ -377,7 +377,7 @@ class SoundIndex:
         return self.source.take(np.arange(len(self)), self.source.columns)
 
     @property
-    def paths(self) -> list[str]: return paths_of(self.table)
+    def paths(self) -> list[str]: return [*paths_of(self.table)]
 
     def vector(
         self,
@@ -387,7 +387,7 @@ class SoundIndex:
         return self._vector(query, files_in([query], self.source))
 
     def _vector(self, query, files: dict[str, np.ndarray]) -> np.ndarray: # (D,)
-        if isinstance(query, list | tuple):
+        if is_list(query):
             if not query:
                 raise ValueError("query must hold at least one clip, got an empty list; use a path")
             return np.mean([self._vector(one, files) for one in query], axis=0)

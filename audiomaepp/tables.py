@@ -76,7 +76,8 @@ class _Paths(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[k] for k in range(len(self))[i]]
-        return self.odd.get(i if i >= 0 else len(self) + i) or self._names[i].as_py()
+        i = range(len(self))[i] # numbers of NumPy and PyTorch, too; those from the end
+        return self.odd[i] if i in self.odd else self._names[i].as_py()
 
     def __iter__(self):
         for first in range(0, len(self), 4096): # all paths at a time would need the memory of a list
@@ -94,7 +95,18 @@ class _Paths(Sequence):
 
     def __repr__(self): return repr([*self])
 
-    def __reduce__(self): return _Paths, (self.column, self.odd) # pickled once with the table that has the column
+    def __reduce__(self):
+        import pandas as pd
+        import pyarrow as pa
+
+        same = self._names.equals(pa.chunked_array([pa.array(self.column)], self._names.type))
+        column = self.column if same else pd.Series(self._names.to_pylist(), dtype=str).array # the table was edited
+        return _Paths, (column, self.odd) # pickled once with the table that has the column
+
+
+def is_list(value) -> bool:
+    "Return whether a value is a list, and not one path or one array."
+    return isinstance(value, list | tuple | _Paths)
 
 # %% ../nbs/tables.ipynb #bddd1cfb
 def paths_of(
@@ -124,6 +136,8 @@ def _with_paths(
     paths = paths if isinstance(paths, _Paths) else paths_of(pd.DataFrame({"path": pd.Series(paths, dtype=object)}))
     table = table.drop(columns="path_bytes", errors="ignore").assign(path=paths.column)
     if paths.odd:
+        table["path"] = names = paths.column.copy()
+        names[[*paths.odd]] = [printable(path) for path in paths.odd.values()]
         table["path_bytes"] = [os.fsencode(paths.odd[i]) if i in paths.odd else None for i in range(len(paths))]
     return table
 

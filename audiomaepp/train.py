@@ -693,7 +693,7 @@ class _Saver:
         self.state, self.folder, self.minutes = state, Path(folder) if folder is not None else None, minutes
         self.writes, self.processes = self.folder is not None and processes.is_main, processes
         self.checkpoints = Checkpoints(folder, state.cfg.keep_checkpoints) if folder is not None else None
-        self.time, self.skipped, self.listed = time.monotonic(), lambda: None, ()
+        self.time, self.skipped, self.listed, self.ends = time.monotonic(), lambda: None, (), False
 
     @contextlib.contextmanager
     def open(self, skipped: Callable[[], Any] = lambda: None): # returns the list of clips that could not be read
@@ -770,6 +770,7 @@ def _stop(
         saver.save_skipped()
     saver.wait()
     saver.processes.highest(0)  # torchrun kills the others when one process ends: all wait for the checkpoint
+    saver.ends = True
     if not signum:
         raise error
     saved = f"the checkpoint is in {folder}" if folder else "nothing was saved: out_dir is not set"

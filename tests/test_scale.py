@@ -150,8 +150,11 @@ def test_paths_are_used_like_a_list():
         assert [*sounds.table["path"]] == ["a.wav", r"caf\xe9.wav", "b.wav"]
         assert [*sounds.table["label"]] == ["x", None, "x"]
         assert sounds.select([2, 1]).paths == names[:0:-1]
+        assert paths[np.array(1)] == paths[torch.tensor(1)] == names[1]
     with pytest.raises(IndexError):
         recordings.paths[3]
+    recordings.table.loc[0, "path"] = "other.wav"  # a worker reads the files that this process reads
+    assert pickle.loads(pickle.dumps(recordings)).paths == recordings.paths == names
 
 
 @pytest.fixture(scope="module")

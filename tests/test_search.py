@@ -11,6 +11,7 @@ import torch
 
 from audiomaepp import cli
 from audiomaepp.config import Config
+from audiomaepp.data import open_recordings
 from audiomaepp.embed import EmbeddingGenerator
 from audiomaepp.model import AudioMAEPlusPlus
 from audiomaepp.search import SoundIndex
@@ -118,3 +119,17 @@ def test_a_query_is_embedded_as_the_table_was(home, tmp_path):
     clip = tmp_path / "elsewhere.flac"
     shutil.copy(home / "more/rising/0.flac", clip)
     assert SoundIndex(tmp_path / "x.parquet").search(str(clip), 1).table["similarity"].iloc[0] > 0.999
+
+
+def test_paths_of_recordings_are_a_list_of_sounds(tmp_path):
+    """They are no Python list since a set of a million files is opened, and counted as one clip."""
+    for name, tone in (("a", 300), ("b", 900)):
+        wave = 0.1 * np.sin(np.arange(16000) * 2 * np.pi * tone / 16000)
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
+    paths, generator = open_recordings(tmp_path).paths, EmbeddingGenerator()
+    vectors = generator.extract_embedding(paths)
+    assert len(vectors) == 2 and np.allclose(vectors, generator.extract_embedding([*paths]))
+    generator.embed_folder(tmp_path, tmp_path / "x.parquet", quiet=True)
+    index = SoundIndex(tmp_path / "x.parquet")
+    assert isinstance(index.paths, list) and np.allclose(index.vector(paths), index.vector([*paths]))
+    assert index.search(paths, k=1).table.equals(index.search([*paths], k=1).table)
