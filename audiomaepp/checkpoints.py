@@ -56,9 +56,14 @@ def _random_state() -> dict[str, Tensor]:
     return states | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Return copies on the CPU, which do not change when the training goes on."
-    return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+def copied(
+    tensors: dict[str, Tensor], # weights and averages
+    path: str | os.PathLike, # file that will hold them, for the message
+) -> dict[str, Tensor]: # with the random state
+    "Return copies on the CPU, which do not change when the training goes on; raise `FloatingPointError` on NaN."
+    tensors = {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    need_finite(tensors, path)
+    return tensors | _random_state()
 
 
 def write_checkpoint(
@@ -68,18 +73,6 @@ def write_checkpoint(
 ):
     "Write tensors and progress to one file, atomically."
     write_atomic(path, safetensors.torch.save(tensors, {"progress": json.dumps(progress)}))
-
-
-def save_checkpoint(
-    path: str | os.PathLike, # file to write
-    model: nn.Module, # model whose weights are saved
-    optimizer: torch.optim.Optimizer, # AdamW, with its running averages
-    progress: dict, # JSON: config, position, history
-):
-    "Write weights, optimizer and random state to one file; raise `FloatingPointError` on NaN or infinity."
-    tensors = _copied(training_tensors(model, optimizer))
-    need_finite(tensors, path)
-    write_checkpoint(path, tensors | _random_state(), progress)
 
 
 def read_progress(path: str | os.PathLike) -> dict: # config, position, history
@@ -241,7 +234,7 @@ def _local(value: Tensor) -> Tensor:
 
 
 def load_checkpoint(
-    path: str | os.PathLike, # file that `save_checkpoint` or `Checkpoints` wrote
+    path: str | os.PathLike, # file that `Checkpoints` wrote
     model: nn.Module, # model that gets the weights; if it is divided, all processes must call this
     optimizer: torch.optim.Optimizer, # optimizer that gets the running averages
 ):
@@ -336,14 +329,12 @@ def _replace(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, th
     for path in kept.earlier()[: max(0, len(kept.earlier()) - kept.keep + 1)]:
         path.unlink()
     _remove_unused(kept)
-    with_room(kept, then)
+    with_room(kept, partial(then, progress))
 
 # %% ../nbs/checkpoints.ipynb #c7ec0015
 def _in_one(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable) -> Callable[[], None]:
     "Return the job that writes a checkpoint as one file."
-    tensors = _copied(tensors)
-    need_finite(tensors, kept.newest)
-    return partial(_replace, kept, tensors | _random_state(), progress, then)
+    return partial(_replace, kept, copied(tensors, kept.newest), progress, then)
 
 
 def _in_parts(kept: "Checkpoints", tensors: dict[str, Tensor], progress: dict, then: Callable) -> Callable[[], None]:
@@ -396,7 +387,7 @@ class Checkpoints:
         model: nn.Module, # model whose weights are saved; if it is divided, all processes must call this
         optimizer: torch.optim.Optimizer, # AdamW, with its running averages
         progress: dict, # JSON: config, position, history
-        then: Callable[[], None] = lambda: None, # called in the main process when the checkpoint is written
+        then: Callable[[dict], None] = lambda progress: None, # called when it is written, in the main process
     ):
         "Copy the state of a training, and let a thread write it as the newest checkpoint."
         self.job.wait()

@@ -732,17 +732,17 @@ class _Saver:
 
     def save(self):
         "Start to write the checkpoint and, after it, the history; write the list of skipped clips."
-        state, rows, step = self.state, copy.deepcopy(self.state.history.rows), self.state.step
+        def saved(progress: dict):
+            History(progress["rows"]).to_csv(self.folder / "history.csv")
+            state.saved_step = progress["step"]
 
-        def saved():
-            History(rows).to_csv(self.folder / "history.csv")
-            state.saved_step = step
-
-        state.collect()
+        (state := self.state).collect()
         if self.writes or self.folder and state.parts is not None:
             self.checkpoints.start(state.trained, state.optimizer, state.header(), saved)
         self.save_skipped()
-        self.time, state.saved_step = time.monotonic(), state.saved_step if self.writes else step
+        if not self.writes:  # else the thread sets it
+            state.saved_step = state.step
+        self.time = time.monotonic()
 
     def save_skipped(self):
         "Write the list of clips that could not be read, of all processes."
