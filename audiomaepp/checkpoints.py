@@ -248,7 +248,7 @@ def load_checkpoint(
 
 # %% ../nbs/checkpoints.ipynb #c7ec0012
 class _Background:
-    "One job at a time, in a thread."
+    "One job at a time, in a thread that, unlike that of an executor, does not keep alive a process that must end."
 
     def __init__(self):
         self.thread: threading.Thread | None = None
